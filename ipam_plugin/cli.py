@@ -1,0 +1,439 @@
+"""The command `ipam-plugin`: tables for people, `-o json` for scripts.
+
+Exit status: 0 done, 1 found something or refused, 2 usage or configuration.
+"""
+
+from __future__ import annotations
+
+import functools
+import getpass
+import json
+import socket
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ipam_plugin import __version__
+from ipam_plugin.addresses import Address, Range, parse_address, parse_range
+from ipam_plugin.config import Config, load
+from ipam_plugin.errors import ConfigError, IpamError
+from ipam_plugin.model import KINDS, NAME, Keys, Lease, SegmentSettings
+from ipam_plugin.operations import Explanation, Operations, plain
+
+EMBEDDED_DATA = Path("/var/lib/ipam-plugin/etcd")
+
+
+class _AddressType(click.ParamType[Address]):
+    name = "address"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Address:
+        try:
+            return parse_address(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class _RangeType(click.ParamType[Range]):
+    name = "address, FIRST-LAST or CIDR"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Range:
+        try:
+            return parse_range(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _segment_name(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value is not None and not NAME.fullmatch(value):
+        raise click.BadParameter("a segment's name has 1 to 63 letters, digits, '.', '_' or '-'")
+    return value
+
+
+config_option = click.option(
+    "--config", "config_path", metavar="FILE", help="Configuration [/etc/ipam-plugin/config.yaml]"
+)
+output_option = click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+segment_option = click.option(
+    "--segment", metavar="NAME", callback=_segment_name, help="The segment [the configuration's]"
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="ipam-plugin")
+@config_option
+@click.pass_context
+def cli(ctx: click.Context, config_path: str | None) -> None:
+    """One register of addresses for Docker hosts whose containers live on the physical LAN.
+
+    The daemon is `serve`. All other commands speak to etcd directly and work without it.
+    """
+    ctx.obj = config_path
+
+
+def _with_operations(command: Callable[..., None]) -> Callable[..., None]:
+    """Give the command `ops` and `config`, from --config."""
+
+    @config_option
+    @click.pass_context
+    @functools.wraps(command)
+    def wrapped(ctx: click.Context, /, config_path: str | None, **arguments: Any) -> None:
+        # Imported here: the etcd client takes a third of a second, and --help does not need it.
+        from ipam_plugin.daemon import etcd_of
+
+        config = _load(config_path or ctx.obj)
+        etcd = etcd_of(config)
+        try:
+            who = f"{getpass.getuser()}@{socket.gethostname()}"
+            command(ops=Operations(etcd, Keys(config.prefix), who), config=config, **arguments)
+        finally:
+            etcd.close()
+
+    return wrapped
+
+
+def _load(path: str | None, embedded_etcd: bool = False) -> Config:
+    return load(path, embedded_etcd=embedded_etcd or (path is None and EMBEDDED_DATA.exists()))
+
+
+@cli.command()
+@config_option
+@click.option("--embedded-etcd", is_flag=True, help="Run this machine's etcd as a child, for one host or a trial.")
+@click.pass_obj
+def serve(inherited: str | None, config_path: str | None, embedded_etcd: bool) -> None:
+    """Serve this host's Docker Engine until a signal comes."""
+    from ipam_plugin import daemon
+
+    daemon.serve(_load(config_path or inherited, embedded_etcd), embedded_etcd=embedded_etcd)
+
+
+@cli.command()
+@click.option("--kind", type=click.Choice([*KINDS, "unreadable"]), help="Only these.")
+@click.option("--host", metavar="NAME", help="Only those of one host.")
+@segment_option
+@output_option
+@_with_operations
+def leases(
+    ops: Operations, config: Config, kind: str | None, host: str | None, segment: str | None, output: str
+) -> None:
+    """List every address that is not free, and why."""
+    found = [
+        each
+        for each in ops.leases(segment)
+        if (kind is None or each.lease.kind == kind) and (host is None or _is_of(each.lease, host))
+    ]
+    if output == "json":
+        _json([{"segment": each.segment, "address": str(each.address), **plain(each.lease)} for each in found])
+        return
+    _table(
+        ["SEGMENT", "ADDRESS", "KIND", "HOST", "CONTAINER", "MAC", "SINCE", "NOTE"],
+        (
+            [
+                each.segment,
+                str(each.address),
+                each.lease.kind,
+                each.lease.host or ", ".join(sorted({holder.host for holder in each.lease.holders})),
+                each.lease.container.name if each.lease.container else "",
+                each.lease.mac,
+                each.lease.since,
+                each.lease.note,
+            ]
+            for each in found
+        ),
+    )
+    if not found:
+        click.echo("no leases", err=True)
+
+
+def _is_of(lease: Lease, host: str) -> bool:
+    return lease.host == host or any(holder.host == host for holder in lease.holders)
+
+
+@cli.command()
+@click.argument("address", type=_AddressType())
+@segment_option
+@output_option
+@_with_operations
+def show(ops: Operations, config: Config, address: Address, segment: str | None, output: str) -> None:
+    """Say who has ADDRESS, since when, why it is not given, and who had it."""
+    explained = ops.explain(address, segment, config.segment)
+    if output == "json":
+        _json(
+            [
+                {
+                    "segment": each.segment,
+                    "address": str(each.address),
+                    "lease": plain(each.lease) if each.lease else None,
+                    "reasons": each.reasons,
+                    "history": plain(each.past),
+                }
+                for each in explained
+            ]
+        )
+        return
+    for each in explained:
+        for line in _explain(each):
+            click.echo(_clean(line))
+
+
+def _explain(each: Explanation) -> Iterable[str]:
+    where = f"{each.address} in segment {each.segment}"
+    if each.lease is not None:
+        yield f"{where} is taken ({each.lease.kind}): {each.lease.told()}"
+        if each.lease.pool:
+            yield f"  pool {each.lease.pool}"
+        for holder in each.lease.holders:
+            yield f"  used by host {holder.host}, pool {holder.pool}"
+    elif each.reasons:
+        yield f"{where} has no lease, and is not given:"
+    else:
+        yield f"{where} is free"
+    for reason in each.reasons:
+        yield f"  {reason}"
+    for past in each.past:
+        who = " ".join(
+            filter(None, [past.kind, past.container.name if past.container else "", past.host and f"on {past.host}"])
+        )
+        yield f"  before: {who}{f' (MAC {past.mac})' if past.mac else ''}, {past.since} to {past.until}, {past.why}"
+
+
+@cli.command()
+@click.argument("what", type=_RangeType(), metavar="ADDRESS|RANGE|CIDR")
+@click.option("--note", default="", help="What it is kept for.")
+@segment_option
+@_with_operations
+def reserve(ops: Operations, config: Config, what: Range, note: str, segment: str | None) -> None:
+    """Keep an address, a range or a CIDR for something else, on all hosts."""
+    name = segment or config.segment
+    inside = ops.reserve(what, name, note)
+    click.echo(f"{what} in segment {name} is reserved")
+    for each in inside:
+        click.echo(_clean(f"  {each.address} in it is taken now and stays so: {each.lease.told()}"), err=True)
+
+
+@cli.command()
+@click.argument("what", type=_RangeType(), metavar="ADDRESS|RANGE|CIDR")
+@segment_option
+@_with_operations
+def unreserve(ops: Operations, config: Config, what: Range, segment: str | None) -> None:
+    """Undo `reserve`, or a reservation that was written by hand."""
+    name = segment or config.segment
+    ops.unreserve(what, name)
+    click.echo(f"{what} in segment {name} is not reserved any more")
+
+
+@cli.command()
+@click.argument("address", type=_AddressType())
+@click.option("--force", is_flag=True, help="You know that nothing uses the address any more.")
+@segment_option
+@_with_operations
+def release(ops: Operations, config: Config, address: Address, force: bool, segment: str | None) -> None:
+    """Free a conflict, or with --force any lease. An address in use that is freed is given to another!"""
+    name = segment or config.segment
+    lease = ops.release(address, name, force)
+    click.echo(_clean(f"{address} in segment {name} is free; it was {lease.told()}"))
+
+
+@cli.command()
+@output_option
+@_with_operations
+def pools(ops: Operations, config: Config, output: str) -> None:
+    """List the pools in use: which host uses which subnet and range, with which options."""
+    lines = ops.pools()
+    if output == "json":
+        _json(
+            [
+                {"pool": each.pool_id, "leases": each.leases, "hosts": [plain(use) for use in each.uses]}
+                for each in lines
+            ]
+        )
+        return
+    _table(
+        ["SEGMENT", "SUBNET", "RANGE", "OPTIONS", "ENDPOINTS", "HOSTS"],
+        (
+            [
+                each.pool.segment if each.pool else each.pool_id,
+                str(each.pool.subnet) if each.pool else "",
+                str(each.pool.range or "") if each.pool else "",
+                " ".join(f"{name}={value}" for name, value in each.pool.options().items() if name != "segment")
+                if each.pool
+                else "this version cannot read it",
+                f"{each.leases} of {each.pool.candidates.size()}" if each.pool else str(each.leases),
+                ", ".join(use.host for use in each.uses),
+            ]
+            for each in lines
+        ),
+    )
+    if not lines:
+        click.echo("no pools: no Docker network uses the driver yet", err=True)
+
+
+@cli.command()
+@output_option
+@_with_operations
+def hosts(ops: Operations, config: Config, output: str) -> None:
+    """List the Docker hosts: alive or not, their own addresses, their alarms."""
+    lines = ops.hosts()
+    if output == "json":
+        _json(
+            [
+                {
+                    "host": each.name,
+                    "alive": each.alive is not None,
+                    "since": each.alive.since if each.alive else "",
+                    "leases": each.leases,
+                    **({k: v for k, v in plain(each.host).items() if k != "host"} if each.host else {}),
+                }
+                for each in lines
+            ]
+        )
+        return
+    _table(
+        ["HOST", "ALIVE", "LEASES", "VERSION", "JOINED", "ADDRESSES"],
+        (
+            [
+                each.name,
+                "yes" if each.alive else "NO",
+                str(each.leases),
+                each.host.version if each.host else "",
+                each.host.joined if each.host else "",
+                ", ".join(f"{a.address}/{a.prefixlen} {a.interface}" for a in each.host.addresses) if each.host else "",
+            ]
+            for each in lines
+        ),
+    )
+    for each in lines:
+        for alarm in each.host.alarms if each.host else ():
+            click.echo(_clean(f"ALARM on {each.name}: {alarm}"))
+    if not lines:
+        click.echo("no hosts: no daemon has reached this etcd yet", err=True)
+
+
+@cli.command()
+@click.argument("name", metavar="SEGMENT", callback=_segment_name)
+@click.option("--router", multiple=True, type=_AddressType(), help="The segment's router; one for each IP version.")
+@click.option("--exclude", multiple=True, type=_RangeType(), help="Never give these out.")
+@click.option("--no-exclude", multiple=True, type=_RangeType(), help="Give these out again.")
+@click.option("--moving", multiple=True, type=_RangeType(), help="Addresses that move between machines (keepalived).")
+@output_option
+@_with_operations
+def segment(
+    ops: Operations,
+    config: Config,
+    name: str,
+    router: tuple[Address, ...],
+    exclude: tuple[Range, ...],
+    no_exclude: tuple[Range, ...],
+    moving: tuple[Range, ...],
+    output: str,
+) -> None:
+    """Show the settings that SEGMENT has on all hosts, or change them."""
+
+    def change(settings: SegmentSettings) -> SegmentSettings:
+        routers = {each.version: str(each) for each in (*settings.routers(), *router)}
+        kept = {parse_range(text): text for text in settings.exclude}
+        kept.update({each: str(each) for each in exclude})
+        moves = {parse_range(text): text for text in settings.moving} | {each: str(each) for each in moving}
+        return msgspec.structs.replace(
+            settings,
+            router=next(iter(routers.values()), "") if len(routers) < 2 else list(routers.values()),
+            exclude=tuple(text for each, text in kept.items() if each not in no_exclude),
+            moving=tuple(moves.values()),
+        )
+
+    if router or exclude or no_exclude or moving:
+        settings: SegmentSettings | str = ops.change_segment(name, change)
+    else:
+        settings = ops.segments().get(name, SegmentSettings())
+    if isinstance(settings, str):
+        raise IpamError(f"the settings of segment {name} cannot be read: {settings}")
+    if output == "json":
+        _json({"segment": name, **plain(settings)})
+        return
+    routers = ", ".join(map(str, settings.routers())) or "none set"
+    click.echo(_clean(f"segment {name}: router {routers}{f'; {settings.note}' if settings.note else ''}"))
+    for text in settings.exclude:
+        click.echo(_clean(f"  excluded {text}"))
+    for each in settings.reserved:
+        click.echo(_clean(f"  reserved {each.range} {f'by {each.by} ' if each.by else ''}{each.note}"))
+    for text in settings.moving:
+        click.echo(_clean(f"  moving   {text}"))
+
+
+@cli.command("check-config")
+@click.argument("file", required=False)
+@config_option
+@click.pass_obj
+def check_config(inherited: str | None, config_path: str | None, file: str | None) -> None:
+    """Say whether a configuration can be used, and what is wrong with it."""
+    path = file or config_path or inherited
+    load(path)
+    click.echo(f"{path or 'the configuration'} is good")
+
+
+@cli.command()
+@click.option("--no-start", is_flag=True, help="Put the files in place, enable and start nothing.")
+def install(no_start: bool) -> None:
+    """Put the driver's spec, an example configuration and the systemd units in place."""
+    from ipam_plugin import install as installing
+
+    for line in installing.install(start=not no_start):
+        click.echo(line)
+
+
+@cli.command()
+def uninstall() -> None:
+    """Take back exactly what `install` put in place."""
+    from ipam_plugin import install as installing
+
+    for line in installing.uninstall():
+        click.echo(line)
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in columns:
+        table.add_column(column, no_wrap=column != "NOTE", overflow="fold")
+    count = 0
+    for row in rows:
+        count += 1
+        # Text, because what stands in etcd may look like rich's markup.
+        table.add_row(*(Text(_clean(cell)) for cell in row))
+    if count:
+        # A pipe has no width: there nothing may be cut.
+        console = Console(width=None if sys.stdout.isatty() else 1000)
+        console.print(table, crop=sys.stdout.isatty())
+
+
+def _json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2))
+
+
+def _clean(text: str) -> str:
+    """Without what could steer a terminal: values in etcd may be anybody's."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def main() -> None:
+    """The entry point."""
+    try:
+        cli.main(prog_name="ipam-plugin", standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except ConfigError as error:
+        click.echo(f"ipam-plugin: {error}", err=True)
+        sys.exit(2)
+    except IpamError as error:
+        click.echo(_clean(f"ipam-plugin: {error}"), err=True)
+        sys.exit(1)

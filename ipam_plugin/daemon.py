@@ -1,0 +1,336 @@
+"""The daemon: where the concrete parts meet, and the gunicorn processes that run them.
+
+gunicorn's master forks one worker. Everything that has threads or a connection to etcd starts in the worker,
+because gRPC does not survive a fork. The master only holds the socket and the lock on state_dir.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import stat
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flask
+import gunicorn.app.base
+import gunicorn.arbiter
+import gunicorn.glogging
+import msgspec
+
+from ipam_plugin import __version__, interfaces
+from ipam_plugin.addresses import parse_address, parse_range
+from ipam_plugin.app import SPARE_THREADS, WAITING, create_app
+from ipam_plugin.config import Config
+from ipam_plugin.embedded_etcd import EmbeddedEtcd
+from ipam_plugin.errors import ConfigError
+from ipam_plugin.etcd import Etcd, EtcdSettings, Event, KeyValue
+from ipam_plugin.host import Presence, StateDir, host_name
+from ipam_plugin.metrics import Metrics
+from ipam_plugin.model import Keys
+from ipam_plugin.register import Register
+from ipam_plugin.view import Local, View
+
+log = logging.getLogger(__name__)
+
+READY_AT_LATEST = 90.0  # seconds; dockerd waits for this unit, and must start also when etcd is away
+ANSWER_MARGIN = 0.5  # seconds of the deadline that are left for the answer's way back
+
+
+def etcd_of(config: Config) -> Etcd:
+    """The client that a configuration describes. Opens nothing yet."""
+    told = config.etcd
+    return Etcd(
+        EtcdSettings(
+            endpoints=tuple(told.endpoints),
+            ca_cert=told.ca_cert,
+            cert=told.cert,
+            key=told.key,
+            username=told.username,
+            password=told.password(),
+            timeout=told.timeout,
+        )
+    )
+
+
+def local_settings(config: Config, segment: str) -> Local:
+    """What this host's configuration adds to a segment."""
+    told = config.for_segment(segment)
+    return Local(
+        exclude=tuple(parse_range(text) for text in told.exclude),
+        routers=tuple(parse_address(text) for text in told.router),
+        cooldown=told.cooldown,
+    )
+
+
+class Daemon:
+    """All parts of one host's daemon. `start` once, in the process that serves; `stop` ends every thread."""
+
+    def __init__(self, config: Config, state: StateDir, name: str, *, embedded_etcd: bool = False) -> None:
+        keys = Keys(config.prefix)
+        self._config = config
+        self._keys = keys
+        self._embedded = EmbeddedEtcd(config.state_dir, config.etcd.endpoints[0]) if embedded_etcd else None
+        self._etcd = etcd_of(config)
+        self._view = View(keys, name, lambda segment: local_settings(config, segment))
+        self._presence = Presence(
+            self._etcd, self._view, keys, state, name=name, carried=interfaces.addresses, time_limit=5.0
+        )
+        self._register = Register(
+            self._etcd,
+            self._view,
+            keys,
+            name,
+            default_segment=config.segment,
+            carried=interfaces.addresses,
+            alarm=self._presence.alarm,
+        )
+        self._metrics = Metrics()
+        self._metrics.ask(
+            serving=lambda: self._presence.is_serving,
+            leases=lambda: {segment: self._view.use(segment) for segment in self._view.segment_names()},
+            transactions=lambda: dict(self._register.transactions),
+            lost_races=lambda: self._register.lost_races,
+            alarms=self._presence.alarm_counts,
+        )
+        self._stop = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._watcher: interfaces.Watcher | None = None
+        self._stop_metrics: Callable[[], None] = lambda: None
+
+    def app(self) -> flask.Flask:
+        return create_app(
+            self._register,
+            self._presence.serving,
+            time_limit=self._config.deadline - ANSWER_MARGIN,
+            metrics=self._metrics,
+        )
+
+    def start(self) -> None:
+        log.info("ipam-plugin %s starts as host %s", __version__, self._presence.name)
+        for line in not_carried_out(self._config):
+            log.warning("%s", line)
+        self._view.on_pools = self._presence.changed
+        if self._embedded is not None:
+            self._embedded.start()
+        self._run("watch", self._watch)
+        self._run("presence", lambda: self._presence.run(self._register, self._stop))
+        self._run("orphans", lambda: self._register.free_orphans(self._stop))
+        self._run("ready", self._report_ready)
+        self._watcher = interfaces.Watcher(self._presence.changed)
+        self._watcher.start()
+        self._stop_metrics = self._metrics.listen(self._config.metrics.listen)
+
+    def stop(self) -> None:
+        """End everything in order; what is running has been answered before."""
+        notify("STOPPING=1")
+        self._stop.set()
+        self._presence.changed()
+        self._register.stop_freeing_orphans()
+        if self._watcher is not None:
+            self._watcher.stop()
+        self._stop_metrics()
+        self._presence.leave()
+        for thread in self._threads:
+            thread.join(3)
+        self._etcd.close()
+        if self._embedded is not None:
+            self._embedded.stop()
+
+    def _run(self, name: str, target: Callable[[], None]) -> None:
+        thread = threading.Thread(target=target, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _watch(self) -> None:
+        def reset(values: list[KeyValue], revision: int) -> None:
+            self._view.reset(((each.key, each.value, each.revision) for each in values), revision)
+
+        def events(changes: list[Event], revision: int) -> None:
+            self._view.apply(changes, revision)
+
+        self._etcd.watch(self._keys.prefix, reset, events, self._stop)
+
+    def _report_ready(self) -> None:
+        """Tell systemd, once etcd has answered, at most after READY_AT_LATEST."""
+        end = time.monotonic() + READY_AT_LATEST
+        while not self._stop.is_set() and time.monotonic() < end and not self._view.loaded.wait(0.2):
+            pass
+        notify("READY=1\nSTATUS=" + ("serving" if self._view.loaded.is_set() else "etcd has not answered yet"))
+
+
+def not_carried_out(config: Config) -> list[str]:
+    """What the configuration asks for and this version does not do, a line each."""
+    lines = []
+    if config.probe != "off" or any(each.probe not in (None, "off") for each in config.segments.values()):
+        lines.append("probe: this version does not look at the wire before an address is given; exclude or reserve"
+                     " the addresses of machines that are not in the register")  # fmt: skip
+    if config.hold or any(each.hold for each in config.segments.values()):
+        lines.append("hold: this version does not keep the address of a stopped container")
+    if config.retire_after is not None:
+        lines.append("retire_after: this version does not retire hosts")
+    return lines
+
+
+# ------------------------------------------------------------------------------------------- processes
+
+
+def serve(config: Config, *, embedded_etcd: bool = False) -> None:
+    """Run the daemon until a signal ends it. Raises ConfigError before anything has started."""
+    _log_to_stderr(config)
+    state = StateDir(config.state_dir)
+    state.lock()
+    name, warning = host_name(config.host, socket.gethostname(), state.read("host"))
+    if warning:
+        log.warning("%s", warning)
+    if embedded_etcd:
+        EmbeddedEtcd(config.state_dir, config.etcd.endpoints[0])  # what is wrong with it is said before anything starts
+    # systemd has given the socket already, or it is made here.
+    given = os.environ.get("LISTEN_PID") == str(os.getpid())
+    listener = None if given else listen(config.socket)
+    _Server(config, state, name, listener, embedded_etcd).run()
+
+
+def listen(path: str) -> socket.socket:
+    """A Unix socket that only root may connect to. Raises ConfigError when another daemon answers there."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        Path(path).parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        if _is_stale_socket(path):
+            os.unlink(path)
+        mask = os.umask(0o177)
+        try:
+            listener.bind(path)
+        finally:
+            os.umask(mask)
+        os.chmod(path, 0o600)
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(f"socket: {path} is in use by another process; stop it or name another socket") from None
+        raise ConfigError(f"socket: {path} cannot be made: {error.strerror or error}") from None
+    return listener
+
+
+def _is_stale_socket(path: str) -> bool:
+    """Whether a socket is there and nobody listens on it any more."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return False
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+            client.settimeout(2)
+            client.connect(path)
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+class _Server(gunicorn.app.base.BaseApplication):  # type: ignore[misc]  # gunicorn ships no types
+    def __init__(
+        self, config: Config, state: StateDir, name: str, listener: socket.socket | None, embedded_etcd: bool
+    ) -> None:
+        self._config = config
+        self._state = state
+        self._name = name
+        self._listener = listener
+        self._embedded_etcd = embedded_etcd
+        self._daemon: Daemon | None = None
+        super().__init__(prog="ipam-plugin")
+
+    def load_config(self) -> None:
+        settings: dict[str, Any] = {
+            "workers": 1,
+            "worker_class": "gthread",
+            "threads": WAITING + SPARE_THREADS,
+            "worker_connections": 4 * WAITING,
+            # A kept connection that closes just as dockerd writes makes it send the request again, empty.
+            "keepalive": 0,
+            "timeout": 60,
+            "graceful_timeout": int(self._config.deadline) + 1,
+            "control_socket_disable": True,
+            "logger_class": _Logger,
+            "worker_exit": self._worker_exit,
+            "proc_name": "ipam-plugin",
+        }
+        if self._listener is not None:
+            settings["bind"] = f"fd://{self._listener.fileno()}"
+        for name, value in settings.items():
+            self.cfg.set(name, value)
+
+    def run(self) -> None:
+        # gunicorn's master would tell systemd that it is ready as soon as it has forked.
+        _take_notify_socket()
+        gunicorn.arbiter.Arbiter(self).run()
+
+    def load(self) -> flask.Flask:
+        """In the worker, after the fork."""
+        self._daemon = Daemon(self._config, self._state, self._name, embedded_etcd=self._embedded_etcd)
+        self._daemon.start()
+        return self._daemon.app()
+
+    def _worker_exit(self, arbiter: Any, worker: Any) -> None:
+        if self._daemon is not None:
+            self._daemon.stop()
+
+
+# ------------------------------------------------------------------------------------ logs and systemd
+
+
+class _Logger(gunicorn.glogging.Logger):  # type: ignore[misc]  # gunicorn ships no types
+    """gunicorn's lines go where ours go."""
+
+    def setup(self, cfg: Any) -> None:
+        self.error_log.handlers = []
+        self.error_log.propagate = True
+        self.error_log.setLevel(logging.WARNING)
+        self.access_log.handlers = []
+
+
+class _Json(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        told = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            told["exception"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(told).decode()
+
+
+def _log_to_stderr(config: Config) -> None:
+    handler = logging.StreamHandler()
+    if config.log.format == "json":
+        handler.setFormatter(_Json())
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=config.log.level.upper(), handlers=[handler], force=True)
+
+
+_notify_socket = ""
+
+
+def _take_notify_socket() -> None:
+    global _notify_socket
+    _notify_socket = os.environ.pop("NOTIFY_SOCKET", "")
+
+
+def notify(message: str) -> None:
+    """Tell systemd (sd_notify(3)); nothing happens where it did not start us."""
+    if not _notify_socket:
+        return
+    address = "\0" + _notify_socket[1:] if _notify_socket.startswith("@") else _notify_socket
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+            systemd.sendto(message.encode(), address)
+    except OSError as error:
+        log.warning("systemd could not be told %r: %s", message, error)

@@ -1,0 +1,258 @@
+"""What may become of one address: a lease as it stands, a request, and the lease it turns into. Pure.
+
+Every function takes the lease that stands in etcd (None: the address is free) and returns what has to stand
+there next: a Lease, FREE, or KEEP when nothing has to be written. It raises AddressTaken, naming the holder.
+register.py makes the transaction of it; the same functions decide again when the transaction found another lease.
+"""
+
+from __future__ import annotations
+
+import enum
+import ipaddress
+from collections.abc import Sequence
+from typing import NamedTuple, NoReturn, Protocol
+
+import msgspec
+
+from ipam_plugin.addresses import Address
+from ipam_plugin.errors import AddressTaken, Refused
+from ipam_plugin.model import (
+    CONFLICT,
+    ENDPOINT,
+    HELD,
+    HOST,
+    RESERVED,
+    ROUTER,
+    STANDBY,
+    UNREADABLE,
+    Container,
+    Holder,
+    Lease,
+    Pool,
+)
+
+
+class Outcome(enum.Enum):
+    KEEP = "keep"  # nothing has to be written
+    FREE = "free"  # the key goes, the holder is remembered in the history
+
+
+KEEP = Outcome.KEEP
+FREE = Outcome.FREE
+Decision = Lease | Outcome
+
+
+class InterfaceAddress(Protocol):
+    """An address on an interface of this host, as interfaces.py reads it from the kernel."""
+
+    @property
+    def address(self) -> Address: ...
+    @property
+    def prefixlen(self) -> int: ...
+    @property
+    def interface(self) -> str: ...
+    @property
+    def mac(self) -> str: ...
+    @property
+    def bridge(self) -> bool: ...
+    @property
+    def temporary(self) -> bool: ...
+    @property
+    def deprecated(self) -> bool: ...
+    @property
+    def tentative(self) -> bool: ...
+
+
+class Claim(NamedTuple):
+    """Who asks for which address, when, and the token that a grant will carry."""
+
+    host: str
+    pool: Pool
+    address: Address
+    now: str  # RFC 3339
+    token: str
+
+
+def _taken(claim: Claim, lease: Lease, cure: str = "") -> NoReturn:
+    where = f"{claim.address} of pool {claim.pool}"
+    raise AddressTaken(f"{where} is taken: {lease.told()}{f'; {cure}' if cure else ''}")
+
+
+def grant_endpoint(lease: Lease | None, claim: Claim, mac: str, container: Container | None) -> Decision:
+    """An address for a container, chosen or asked for by `--ip`.
+
+    An `endpoint` lease of this very host is refused too: that nobody has it any more is proven by a look at
+    dockerd, never by the request.
+    """
+    if lease is None or (lease.kind in (HELD, STANDBY) and lease.host == claim.host):
+        return Lease(
+            kind=ENDPOINT, host=claim.host, mac=mac, container=container,
+            pool=claim.pool.id, since=claim.now, token=claim.token,
+        )  # fmt: skip
+    if lease.kind == ENDPOINT and lease.host == claim.host:
+        _taken(claim, lease, f"if that container is gone, free it with: ipam-plugin release {claim.address} --force")
+    _taken(claim, lease)
+
+
+def share(lease: Lease | None, claim: Claim) -> Decision:
+    """A gateway that is no Docker host's, or an auxiliary address: several hosts and networks use it at once.
+
+    On engines of every version a replayed endpoint looks like an auxiliary address, hence the note in an
+    `endpoint` lease of this host: the next release takes back that note only.
+    """
+    if lease is None or lease.kind == CONFLICT or (lease.kind in (HELD, STANDBY) and lease.host == claim.host):
+        # A conflict is the very machine that the operator now declares.
+        holder = Holder(host=claim.host, pool=claim.pool.id)
+        return Lease(kind=ROUTER, holders=(holder,), since=claim.now, token=claim.token)
+    if lease.kind == ROUTER:
+        return msgspec.structs.replace(lease, holders=_more(lease.holders, claim))
+    if lease.kind == ENDPOINT and lease.host == claim.host:
+        return msgspec.structs.replace(lease, noted=lease.noted + 1)
+    if lease.kind in (HOST, RESERVED, UNREADABLE):
+        return KEEP  # it is taken already, by whom it should be, and no network of Docker's gives it away
+    _taken(claim, lease)
+
+
+def grant_bridge(lease: Lease | None, claim: Claim, carrier: InterfaceAddress | None) -> Decision:
+    """The address that Docker puts on this host's bridge; `carrier` is the interface that has it already, if any."""
+    cure = (
+        "Docker would put it on this host's bridge too. For a router use --aux-address"
+        f" DefaultGatewayIPv{claim.address.version}={claim.address} instead of --gateway on a bridge network,"
+        " or --ipam-opt gateway=router on macvlan and ipvlan"
+    )
+    if lease is None or (lease.kind in (HELD, STANDBY) and lease.host == claim.host):
+        mine = own_address(claim, carrier) if carrier else Lease(kind=HOST, host=claim.host, since=claim.now)
+        return msgspec.structs.replace(mine, token=claim.token, holders=_more((), claim))
+    if lease.kind == HOST and lease.host == claim.host:
+        return msgspec.structs.replace(lease, holders=_more(lease.holders, claim))
+    _taken(claim, lease, cure)
+
+
+def own_address(claim: Claim, carrier: InterfaceAddress) -> Lease:
+    return Lease(
+        kind=HOST, host=claim.host, mac=carrier.mac, interface=carrier.interface, since=claim.now, token=claim.token
+    )
+
+
+def register_own(lease: Lease | None, claim: Claim, carrier: InterfaceAddress) -> Decision:
+    """An address that an interface of this host carries. Nothing of anybody else's is overwritten.
+
+    A reservation stays: the operator who wrote it down knew of the machine. So does a lease of this host that
+    says the same already.
+    """
+    if lease is None or (lease.kind in (HELD, STANDBY) and lease.host == claim.host):
+        return own_address(claim, carrier)
+    if lease.kind == HOST and lease.host == claim.host:
+        if (lease.mac, lease.interface) == (carrier.mac, carrier.interface):
+            return KEEP
+        return msgspec.structs.replace(lease, mac=carrier.mac, interface=carrier.interface)
+    if lease.kind in (RESERVED, UNREADABLE, ROUTER):
+        return KEEP
+    if lease.kind == CONFLICT and lease.mac and lease.mac == carrier.mac:
+        return own_address(claim, carrier)
+    raise AddressTaken(
+        f"{carrier.interface} of host {claim.host} carries {claim.address} (MAC {carrier.mac}), but in the register"
+        f" it is taken: {lease.told()}. Two machines use one address: change one of them"
+    )
+
+
+def give_back(lease: Lease | None, claim: Claim, token: str, carried: bool, kept_router: bool) -> Decision:
+    """ReleaseAddress. Only the lease whose token was known when the request arrived, only what this host holds.
+
+    `carried`: an interface of this host still has the address (Docker leaves its address on a bridge that the
+    user made). `kept_router`: it is the segment's own router, whose lease never goes.
+    """
+    if lease is None or lease.token != token:
+        return KEEP
+    if lease.kind in (ROUTER, HOST):
+        rest = _fewer(lease.holders, claim)
+        if rest == lease.holders:
+            return KEEP
+        return _without(lease, rest, carried, kept_router)
+    if lease.kind == ENDPOINT and lease.host == claim.host and lease.pool == claim.pool.id:
+        if lease.noted:
+            return msgspec.structs.replace(lease, noted=lease.noted - 1)
+        if carried:
+            return Lease(kind=HOST, host=claim.host, mac=lease.mac, since=claim.now, token=claim.token)
+        return FREE
+    return KEEP
+
+
+def drop_pool(lease: Lease | None, claim: Claim, carried: bool, kept_router: bool) -> Decision:
+    """The last ReleasePool of this host: its gateway and auxiliary holdings go, endpoints never do."""
+    if lease is None or lease.kind not in (ROUTER, HOST):
+        return KEEP
+    rest = tuple(each for each in lease.holders if (each.host, each.pool) != (claim.host, claim.pool.id))
+    if rest == lease.holders:
+        return KEEP
+    return _without(lease, rest, carried, kept_router)
+
+
+def _without(lease: Lease, rest: tuple[Holder, ...], carried: bool, kept_router: bool) -> Decision:
+    kept = carried if lease.kind == HOST else kept_router
+    if rest or kept:
+        return msgspec.structs.replace(lease, holders=rest)
+    return FREE
+
+
+def _more(holders: tuple[Holder, ...], claim: Claim) -> tuple[Holder, ...]:
+    mine = (claim.host, claim.pool.id)
+    if not any((each.host, each.pool) == mine for each in holders):
+        return (*holders, Holder(host=claim.host, pool=claim.pool.id))
+    return tuple(
+        msgspec.structs.replace(each, count=each.count + 1) if (each.host, each.pool) == mine else each
+        for each in holders
+    )
+
+
+def _fewer(holders: tuple[Holder, ...], claim: Claim) -> tuple[Holder, ...]:
+    mine = (claim.host, claim.pool.id)
+    fewer = (
+        msgspec.structs.replace(each, count=each.count - 1) if (each.host, each.pool) == mine else each
+        for each in holders
+    )
+    return tuple(each for each in fewer if each.count > 0)
+
+
+def bridge_address(
+    carried: Sequence[InterfaceAddress], pool: Pool, asked: Address | None, host: str
+) -> InterfaceAddress | None:
+    """Which address of this host's own becomes the gateway of a bridge network; None: no interface has one there.
+
+    Docker takes the first address of the bridge that lies in the subnet and, where address *and* mask are not
+    the gateway's, deletes it from the bridge: that cuts the host off its LAN. So whatever would make Docker do so
+    is refused here, with the cure. `carried` is in the kernel's order. Raises Refused.
+    """
+    inside = [each for each in carried if each.address in pool.subnet]
+    steady = [each for each in inside if not (each.temporary or each.deprecated or each.tentative)]
+    inside = steady or inside
+    if any(each.interface == pool.interface for each in inside):
+        inside = [each for each in inside if each.interface == pool.interface]
+    if not inside:
+        return None
+    bridges = [each for each in inside if each.bridge]
+    if not bridges:
+        first = inside[0]
+        raise Refused(
+            f"{first.interface} of host {host} carries {first.address}/{first.prefixlen} in {pool.subnet} and is no"
+            " bridge: Docker would make a second way into the same LAN. For macvlan and ipvlan say --ipam-opt"
+            " gateway=router; for a bridge network put the interface into a bridge that carries the address and say"
+            " -o com.docker.network.bridge.name=BRIDGE"
+        )
+    ahead = next((each.interface for each in bridges if each.address == asked), bridges[0].interface)
+    first = next(each for each in bridges if each.interface == ahead)
+    if asked is not None and asked != first.address:
+        raise Refused(
+            f"--gateway {asked}: bridge {first.interface} of host {host} carries {first.address}, which Docker would"
+            f" delete for the sake of another gateway. Leave --gateway out, or say --gateway {first.address}; for a"
+            f" router use --aux-address DefaultGatewayIPv{asked.version}={asked}"
+        )
+    if first.prefixlen != pool.subnet.prefixlen:
+        lan = ipaddress.ip_interface(f"{first.address}/{first.prefixlen}").network
+        narrowed = f" --ip-range {pool.range or pool.subnet}" if lan.prefixlen < pool.subnet.prefixlen else ""
+        raise Refused(
+            f"bridge {first.interface} of host {host} carries {first.address}/{first.prefixlen}, not"
+            f" /{pool.subnet.prefixlen}: Docker would delete that address from the bridge."
+            f" Say --subnet {lan}{narrowed}"
+        )
+    return first

@@ -1,0 +1,391 @@
+"""Who this host is: its name, its heartbeat `alive/HOST`, its record `hosts/HOST`, its own addresses.
+
+A name belongs to one daemon at a time. The heartbeat is created only if it is absent; a predecessor's is taken
+over at once when that process is known to be gone, else after it has ended by itself (30 s). Where it goes on,
+two machines have one name (a clone, or a second daemon), and the later one refuses to serve.
+"""
+
+from __future__ import annotations
+
+import datetime
+import enum
+import fcntl
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from ipam_plugin import __version__
+from ipam_plugin.errors import ConfigError, IpamError, NotServing
+from ipam_plugin.etcd import Commit, Delete, KeyValue, Put
+from ipam_plugin.interfaces import InterfaceAddress
+from ipam_plugin.model import NAME, Alive, Host, HostAddress, Keys, decode, encode, rfc3339
+from ipam_plugin.register import Register
+from ipam_plugin.view import View
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT = 30  # seconds that alive/HOST outlives the last refresh
+REFRESH = 8.0  # seconds between refreshes
+PATIENCE = HEARTBEAT + 5.0  # a heartbeat that is still there after this long goes on: somebody refreshes it
+ALARMS = 20  # shown in hosts/HOST
+
+
+class StateDir:
+    """The directory that makes a host the same host after a restart: its name, and a lock that one process has.
+
+    Raises ConfigError when it cannot be used.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise ConfigError(f"state_dir: {path} cannot be used: {error.strerror}") from None
+
+    def lock(self, patience: float = 5.0) -> None:
+        """For as long as this process lives. A predecessor that is just ending is waited for, `patience` seconds."""
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"state_dir: {self.path} is in use by another ipam-plugin on this machine; stop that one, or"
+                        " give this one another state_dir, host and socket"
+                    ) from None
+                time.sleep(0.05)
+
+    def read(self, name: str) -> str:
+        try:
+            return (self.path / name).read_text().strip()
+        except (FileNotFoundError, UnicodeDecodeError):
+            return ""
+
+    def write(self, name: str, text: str) -> None:
+        """Whole or not at all, also when the power goes."""
+        fresh = self.path / f"{name}.new"
+        with open(fresh, "w") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(self.path / name)
+        directory = os.open(self.path, os.O_RDONLY)
+        os.fsync(directory)
+        os.close(directory)
+
+    def token(self) -> str:
+        """A random name of this directory, kept in it."""
+        known = self.read("token")
+        if not known:
+            known = secrets.token_urlsafe(12)
+            self.write("token", known)
+        return known
+
+
+def host_name(configured: str | None, hostname: str, kept: str) -> tuple[str, str]:
+    """The host's name, and a warning or ''. The name kept in state_dir stays when the hostname changes. Pure."""
+    if configured:
+        return configured, ""
+    if kept:
+        changed = kept != hostname
+        return kept, (
+            f"the hostname is {hostname!r} now, but this host's leases are under {kept!r}, which stays its name"
+            if changed and NAME.fullmatch(hostname)
+            else ""
+        )
+    if not NAME.fullmatch(hostname):
+        raise ConfigError(f"host: the hostname {hostname!r} cannot be a host's name here; set `host` in the config")
+    return hostname, ""
+
+
+class Predecessor(enum.Enum):
+    """What a heartbeat under our name says of the process that made it."""
+
+    NONE = "there is none"
+    SELF = "it is our own"
+    GONE = "its process is known to be gone"
+    UNKNOWN = "it may be alive: wait until it ends by itself"
+
+
+def predecessor(alive: Alive | None, me: Alive, process_exists: Callable[[int, str], bool]) -> Predecessor:
+    """Decide from the heartbeat found. Pure; `process_exists(pid, start time)` asks this machine.
+
+    Gone for certain is a process of this machine and this boot that had the state_dir which we have locked now, or
+    whose process id is nobody's any more.
+    """
+    if alive is None:
+        return Predecessor.NONE
+    if alive.process == me.process:
+        return Predecessor.SELF
+    if (alive.machine_id, alive.boot_id) == (me.machine_id, me.boot_id):
+        if alive.state and alive.state == me.state:
+            return Predecessor.GONE
+        same_pids = alive.pid and alive.pid_namespace == me.pid_namespace
+        if same_pids and not process_exists(alive.pid, alive.pid_started):
+            return Predecessor.GONE
+    return Predecessor.UNKNOWN
+
+
+class Heartbeats(Protocol):
+    """What is needed of etcd here."""
+
+    def get(self, key: str, *, deadline: float) -> KeyValue | None: ...
+    def commit(
+        self, expect: dict[str, int], writes: Sequence[Put | Delete], *, deadline: float, proof: str | None = None
+    ) -> Commit: ...
+    def grant_ttl(self, seconds: int, *, deadline: float) -> int: ...
+    def keep_alive(self, lease: int, *, deadline: float) -> int: ...
+
+
+class Presence:
+    """This host in the register. `serving(deadline)` is the gate that every request passes."""
+
+    def __init__(
+        self,
+        etcd: Heartbeats,
+        view: View,
+        keys: Keys,
+        state: StateDir,
+        *,
+        name: str,
+        carried: Callable[[], Sequence[InterfaceAddress]],
+        time_limit: float,
+    ) -> None:
+        self._etcd = etcd
+        self._view = view
+        self._keys = keys
+        self._state = state
+        self._carried = carried
+        self._time_limit = time_limit
+        self.name = name
+        self._kept_name = state.read("host")
+        self._me = _this_process(name, state.token())
+        self._joined = ""
+        self._alarms: list[str] = []
+        self._alarm_counts: dict[str, int] = {}
+        self._ttl_lease = 0
+        self._blocked_since = 0.0
+        self._condition = threading.Condition()
+        self._serving = False
+        self._reason = "the daemon has just started and has not reached etcd yet"
+        self._wake = threading.Event()
+        self._written: bytes = b""
+
+    # ------------------------------------------------------------------------------- for the others
+
+    def serving(self, deadline: float) -> None:
+        """Return when requests may be served; raise NotServing with the reason when that does not come in time."""
+        if self._serving:
+            return
+        with self._condition:
+            if not self._condition.wait_for(lambda: self._serving, max(0.0, deadline - time.monotonic())):
+                raise NotServing(self._reason)
+
+    @property
+    def is_serving(self) -> bool:
+        return self._serving
+
+    def alarm(self, kind: str, text: str) -> None:
+        """Tell an operator: in the log, in hosts/HOST and in the metrics. The same text is told once."""
+        with self._condition:
+            if text in self._alarms:
+                return
+            self._alarms = [*self._alarms, text][-ALARMS:]
+            self._alarm_counts[kind] = self._alarm_counts.get(kind, 0) + 1
+        log.error("ALARM %s: %s", kind, text)
+        self.changed()
+
+    def alarm_counts(self) -> dict[str, int]:
+        with self._condition:
+            return dict(self._alarm_counts)
+
+    def changed(self) -> None:
+        """The interfaces or the pools in use changed: look now."""
+        self._wake.set()
+
+    # ------------------------------------------------------------------------------------- the loop
+
+    def run(self, register: Register, stop: threading.Event) -> None:
+        """For a thread of its own, until `stop` is set and `changed()` was called."""
+        last_failure = ""
+        while not stop.is_set():
+            deadline = time.monotonic() + self._time_limit
+            try:
+                if self._hold_heartbeat(deadline):
+                    self._write_record(deadline)
+                    register.register_own_addresses(deadline)
+                    self._set_serving(True, "")
+                last_failure = ""
+            except IpamError as error:
+                if not self._serving:
+                    self._set_serving(False, f"etcd is not there: {error}")
+                if str(error) != last_failure:
+                    log.warning("the heartbeat of host %s is not in etcd: %s", self.name, error)
+                    last_failure = str(error)
+            except OSError as error:
+                log.warning("the interfaces of this host cannot be read: %s", error)
+            self._wake.wait(REFRESH if self._serving else 0.5)
+            self._wake.clear()
+
+    def leave(self) -> None:
+        """At a stop: end the heartbeat, so that a successor need not wait for it."""
+        key = self._keys.heartbeat(self.name)
+        deadline = time.monotonic() + 2
+        try:
+            found = self._etcd.get(key, deadline=deadline)
+            if found and _alive(found) and _alive(found).process == self._me.process:  # type: ignore[union-attr]
+                self._etcd.commit({key: found.revision}, [Delete(key)], deadline=deadline)
+        except IpamError as error:
+            log.info("the heartbeat ends by itself in %d s: %s", HEARTBEAT, error)
+
+    def _set_serving(self, serving: bool, reason: str) -> None:
+        with self._condition:
+            if serving and not self._serving:
+                log.info("host %s is in the register and serves", self.name)
+            elif not serving and self._reason != reason:
+                log.warning("not serving: %s", reason)
+            self._serving, self._reason = serving, reason
+            self._condition.notify_all()
+
+    def _hold_heartbeat(self, deadline: float) -> bool:
+        """Whether the name is ours: refresh the heartbeat, or create it, or take over a predecessor's."""
+        if self._ttl_lease and self._etcd.keep_alive(self._ttl_lease, deadline=deadline) <= 0:
+            self._ttl_lease = 0
+        key = self._keys.heartbeat(self.name)
+        found = self._etcd.get(key, deadline=deadline)
+        who = predecessor(_alive(found), self._me, _process_exists)
+        if found is not None and _alive(found) is None:
+            who = Predecessor.UNKNOWN
+        if who is Predecessor.SELF and self._ttl_lease:
+            return self._may_use_name()
+        if who is Predecessor.UNKNOWN:
+            self._wait_for_other(found, _alive(found))
+            return False
+        if not self._view.loaded.wait(max(0.0, deadline - time.monotonic())):
+            return False
+        if not self._may_use_name():
+            return False
+        lease = self._ttl_lease or self._etcd.grant_ttl(HEARTBEAT, deadline=deadline)
+        me = msgspec.structs.replace(self._me, since=rfc3339(datetime.datetime.now(datetime.UTC)))
+        expect = {key: found.revision if found else 0}
+        commit = self._etcd.commit(expect, [Put(key, encode(me), lease)], deadline=deadline, proof=key)
+        self._ttl_lease = lease
+        if commit.applied:
+            self._blocked_since = 0.0
+            if self._kept_name != self.name:
+                self._state.write("host", self.name)
+                self._kept_name = self.name
+        return commit.applied
+
+    def _wait_for_other(self, found: KeyValue | None, other: Alive | None) -> None:
+        now = time.monotonic()
+        self._blocked_since = self._blocked_since or now
+        where = (
+            f"machine id {other.machine_id}, process {other.pid}, since {other.since}"
+            if other
+            else "its value cannot be read"
+        )
+        cure = (
+            "each host needs a name of its own: set `host` in this machine's configuration (a cloned machine also"
+            " needs a new /etc/machine-id and an empty state_dir), or stop the other daemon"
+        )
+        if now - self._blocked_since > PATIENCE:
+            reason = f"another daemon is alive under the name {self.name} ({where}), so this one does not serve; {cure}"
+        else:
+            reason = f"a daemon under the name {self.name} was alive within the last {HEARTBEAT} s ({where}); {cure}"
+        self._set_serving(False, reason)
+
+    def _may_use_name(self) -> bool:
+        """A name that was changed in the configuration would strand the leases of the old one."""
+        if not self._kept_name or self._kept_name == self.name:
+            return True
+        stranded = self._view.entries_of(self._kept_name)
+        if not stranded:
+            return True
+        self._set_serving(
+            False,
+            f"the configuration names this host {self.name}, but {len(stranded)} leases are under its old name"
+            f" {self._kept_name}, such as {stranded[0][1]}: set host: {self._kept_name} again, or remove this host's"
+            " containers and networks that use the driver before the name is changed",
+        )
+        return False
+
+    def _write_record(self, deadline: float) -> None:
+        key = self._keys.host(self.name)
+        revision, known = self._view.host(self.name)
+        self._joined = self._joined or (known.joined if known else "") or rfc3339(datetime.datetime.now(datetime.UTC))
+        record = encode(
+            Host(
+                host=self.name,
+                machine_id=self._me.machine_id,
+                version=__version__,
+                joined=self._joined,
+                addresses=tuple(
+                    HostAddress(str(each.address), each.prefixlen, each.interface, each.mac)
+                    for each in self._carried()
+                ),
+                alarms=tuple(self._alarms),
+            )
+        )
+        if record == self._written and known is not None:
+            return
+        commit = self._etcd.commit({key: revision}, [Put(key, record)], deadline=deadline, proof=key)
+        if commit.applied:
+            self._view.learn(key, record, commit.revision)
+            self._written = record
+        else:
+            found = commit.found[key]
+            self._view.learn(key, found.value if found else None, found.revision if found else commit.revision)
+            self._wake.set()
+
+
+def _alive(found: KeyValue | None) -> Alive | None:
+    try:
+        return decode(found.value, Alive) if found else None
+    except ValueError:
+        return None
+
+
+def _this_process(name: str, state: str) -> Alive:
+    pid = os.getpid()
+    return Alive(
+        host=name,
+        machine_id=_first_line("/etc/machine-id"),
+        boot_id=_first_line("/proc/sys/kernel/random/boot_id"),
+        process=secrets.token_urlsafe(12),
+        state=state,
+        pid=pid,
+        pid_namespace=os.readlink("/proc/self/ns/pid"),
+        pid_started=_started(pid),
+        version=__version__,
+    )
+
+
+def _first_line(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> str:
+    """The start time of a process in clock ticks since boot (proc(5), field 22), or ''."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _process_exists(pid: int, started: str) -> bool:
+    return _started(pid) == started

@@ -1,0 +1,97 @@
+"""What a daemon counts, for Prometheus. The only importer of prometheus_client."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from ipam_plugin import __version__
+
+log = logging.getLogger(__name__)
+
+BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 15, 30)
+
+
+class Metrics:
+    """One set of counters; `listen` serves them."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "ipam_plugin_requests_total", "Requests of the Docker Engine", ["method", "outcome"], registry=self.registry
+        )
+        self.seconds = Histogram(
+            "ipam_plugin_request_seconds",
+            "From a request's arrival to its answer",
+            ["method"],
+            buckets=BUCKETS,
+            registry=self.registry,
+        )
+        self.waiting = Gauge(
+            "ipam_plugin_waiting_requests", "Requests that are being carried out", registry=self.registry
+        )
+        Gauge("ipam_plugin_build_info", "Which version runs", ["version"], registry=self.registry).labels(
+            __version__
+        ).set(1)
+
+    def request(self, method: str, status: int, seconds: float) -> None:
+        outcome = "ok" if status == 200 else "unavailable" if status == 503 else "error" if status == 500 else "refused"
+        self.requests.labels(method, outcome).inc()
+        self.seconds.labels(method).observe(seconds)
+
+    def ask(
+        self,
+        *,
+        serving: Callable[[], bool],
+        leases: Callable[[], Mapping[str, Mapping[str, int]]],
+        transactions: Callable[[], Mapping[str, int]],
+        lost_races: Callable[[], int],
+        alarms: Callable[[], Mapping[str, int]],
+    ) -> None:
+        """Where to look when somebody asks: what the daemon knows anyway is not counted twice."""
+
+        class Asked(Collector):
+            def collect(self) -> Iterable[Metric]:
+                yield GaugeMetricFamily("ipam_plugin_serving", "1 when requests are served", value=float(serving()))
+                held = GaugeMetricFamily("ipam_plugin_leases", "Addresses not free", labels=["segment", "kind"])
+                for segment, kinds in leases().items():
+                    for kind, count in kinds.items():
+                        held.add_metric([segment, kind], count)
+                yield held
+                sent = CounterMetricFamily(
+                    "ipam_plugin_etcd_transactions", "Transactions by what they were for", labels=["purpose"]
+                )
+                for purpose, count in transactions().items():
+                    sent.add_metric([purpose], count)
+                yield sent
+                yield CounterMetricFamily(
+                    "ipam_plugin_lost_races", "Grants that another host was faster with", value=lost_races()
+                )
+                raised = CounterMetricFamily("ipam_plugin_alarms", "Alarms raised", labels=["kind"])
+                for kind, count in alarms().items():
+                    raised.add_metric([kind], count)
+                yield raised
+
+        self.registry.register(Asked())
+
+    def listen(self, address: str) -> Callable[[], None]:
+        """Serve them at HOST:PORT ('' for nowhere) and return what stops that. A port in use is no reason to stop."""
+        if not address:
+            return lambda: None
+        host, _, port = address.rpartition(":")
+        try:
+            server, thread = start_http_server(int(port), host.strip("[]"), registry=self.registry)
+        except OSError as error:
+            log.warning("metrics are not served: metrics.listen %s: %s", address, error.strerror)
+            return lambda: None
+
+        def stop() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join(2)
+
+        return stop

@@ -1,0 +1,496 @@
+"""What stands in etcd: names, pools, leases, hosts, segment settings, and the keys they are under. Pure.
+
+Values are JSON on one line, made to be read (and reservations to be written) with etcdctl, so reading is
+tolerant: a lease key with any value at all means that the address is taken. Writing is strict.
+"""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from ipam_plugin.addresses import (
+    Address,
+    AddressSet,
+    Network,
+    Range,
+    parse_address,
+    parse_range,
+    range_of,
+    usable_range,
+)
+from ipam_plugin.errors import BadRequest, PoolUnknown
+
+NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
+INTERFACE = re.compile(r"[A-Za-z0-9_.:@-]{1,15}")
+
+ENDPOINT = "endpoint"  # a container
+HOST = "host"  # an address of a Docker host's own interface, or the address of a bridge that Docker made
+ROUTER = "router"  # a gateway that is no Docker host's, or an auxiliary address; shared by holders
+RESERVED = "reserved"  # an operator said so
+CONFLICT = "conflict"  # a machine that is none of ours answered for it
+STANDBY = "standby"  # claimed and probed in advance, given to nobody yet
+HELD = "held"  # kept for a container that stopped
+UNREADABLE = "unreadable"  # never written: how a value that this program cannot read is shown; taken all the same
+
+KINDS = (ENDPOINT, HOST, ROUTER, RESERVED, CONFLICT, STANDBY, HELD)
+
+
+# ---------------------------------------------------------------------------------------------- pools
+
+
+def parse_duration(text: str) -> float:
+    """Seconds from `250ms`, `30s`, `10m`, `24h`, `7d` or a plain number. Raises ValueError with a sentence."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?", text.strip())
+    if not match:
+        raise ValueError(f"{text!r} is not a duration such as 30s, 10m or 24h")
+    unit = {"ms": 0.001, None: 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    return float(match[1]) * unit
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """A subnet, perhaps narrowed to a range, as one Docker network asked for it, with its options.
+
+    Its `id` is the PoolID that Docker keeps for the life of the network. It says everything, so that a daemon
+    that lost all it had still serves the network, and is the same for the same request on every host.
+    """
+
+    segment: str
+    subnet: Network
+    range: Network | None = None
+    exclude: tuple[Range, ...] = ()
+    gateway: Literal["host", "router"] = "host"
+    interface: str = ""
+    probe: str = ""
+    hold: str = ""
+
+    @property
+    def id(self) -> str:
+        parts = [self.segment, str(self.subnet)]
+        if self.range is not None:
+            parts.append(str(self.range))
+        options = [f"{name}={value}" for name, value in sorted(self.options().items()) if name != "segment"]
+        return ";".join(["/".join(parts), *options])
+
+    def options(self) -> dict[str, str]:
+        """The options that are not at their default, as `--ipam-opt` takes them."""
+        told = {
+            "segment": self.segment,
+            "exclude": ",".join(map(str, self.exclude)),
+            "gateway": "" if self.gateway == "host" else self.gateway,
+            "interface": self.interface,
+            "probe": self.probe,
+            "hold": self.hold,
+        }
+        return {name: value for name, value in told.items() if value}
+
+    @property
+    def candidates(self) -> Range:
+        """Where an address may be chosen: the range, or else the subnet, without what no machine may have."""
+        usable = usable_range(self.subnet)
+        if self.range is None:
+            return usable
+        narrowed = range_of(self.range)
+        return Range(usable.version, max(usable.first, narrowed.first), min(usable.last, narrowed.last))
+
+    def cidr(self, address: Address) -> str:
+        """The address as Docker must be told: with the prefix length of the subnet, never of the range.
+
+        macvlan and ipvlan refuse an endpoint whose mask is not the pool's.
+        """
+        return f"{address}/{self.subnet.prefixlen}"
+
+    def __str__(self) -> str:
+        return self.id
+
+    @classmethod
+    def make(cls, subnet: str, sub_range: str, options: Mapping[str, str], default_segment: str) -> Pool:
+        """From what `docker network create` was given. Raises BadRequest with a sentence that says what to type."""
+        network = _network("--subnet", subnet)
+        narrowed = None
+        if sub_range:
+            narrowed = _network("--ip-range", sub_range)
+            if narrowed.version != network.version or not (
+                int(network.network_address) <= int(narrowed.network_address)
+                and int(narrowed.broadcast_address) <= int(network.broadcast_address)
+            ):
+                raise BadRequest(f"--ip-range {narrowed} does not lie inside --subnet {network}")
+            if narrowed == network:
+                narrowed = None
+        known = ("segment", "exclude", "gateway", "interface", "probe", "hold")
+        for name in options:
+            if name not in known:
+                raise BadRequest(f"unknown option --ipam-opt {name!r}; known are {', '.join(known)}")
+        return cls(
+            segment=_segment(options.get("segment", default_segment)),
+            subnet=network,
+            range=narrowed,
+            exclude=_exclude(options.get("exclude", ""), network),
+            gateway=_one_of("gateway", options.get("gateway", "host"), ("host", "router")),  # type: ignore[arg-type]  # checked there
+            interface=_interface(options.get("interface", "")),
+            probe=_one_of("probe", options["probe"], ("full", "fast", "off")) if "probe" in options else "",
+            hold=_hold(options["hold"]) if "hold" in options else "",
+        )
+
+    @classmethod
+    def parse(cls, pool_id: str) -> Pool:
+        """The pool that a PoolID describes. Raises PoolUnknown when this program never made that PoolID.
+
+        Only the canonical spelling is one: a PoolID becomes part of an etcd key.
+        """
+        head, *told = pool_id.split(";")
+        parts = head.split("/")
+        try:
+            if len(parts) not in (3, 5):
+                raise ValueError
+            options = dict(pair.split("=", 1) for pair in told)
+            options["segment"] = parts[0]
+            pool = cls.make("/".join(parts[1:3]), "/".join(parts[3:5]), options, "")
+        except (ValueError, BadRequest):
+            pool = None
+        if pool is None or pool.id != pool_id:
+            raise PoolUnknown(f"unknown PoolID {_shown(pool_id)}: no RequestPool of this plugin ever answered it")
+        return pool
+
+
+def looks_hostile(pool_id: str) -> bool:
+    """Whether a PoolID tries to be more than a name: to leave its key, or to spoil a terminal."""
+    return any(part in (".", "..") for part in pool_id.split("/")) or not pool_id.isprintable() or not pool_id
+
+
+def _network(option: str, text: str) -> Network:
+    try:
+        if "/" not in text:
+            raise ValueError
+        return ipaddress.ip_network(text)
+    except ValueError as error:
+        if "host bits" in str(error):
+            meant = ipaddress.ip_network(text, strict=False)
+            raise BadRequest(f"{option} {_shown(text)} has host bits set; did you mean {meant}?") from None
+        raise BadRequest(f"{option} {_shown(text)} is not a subnet such as 192.168.1.0/24") from None
+
+
+def _segment(name: str) -> str:
+    if not NAME.fullmatch(name):
+        raise BadRequest(
+            f"--ipam-opt segment={_shown(name)}: a segment's name has 1 to 63 letters, digits, '.', '_' or '-'"
+        )
+    return name
+
+
+def _exclude(text: str, subnet: Network) -> tuple[Range, ...]:
+    ranges = []
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        try:
+            ranges.append(parse_range(item))
+        except ValueError as error:
+            raise BadRequest(f"--ipam-opt exclude: {error}") from None
+        whole = range_of(subnet)
+        if ranges[-1].version != whole.version or not (
+            whole.first <= ranges[-1].first and ranges[-1].last <= whole.last
+        ):
+            raise BadRequest(f"--ipam-opt exclude: {ranges[-1]} does not lie inside --subnet {subnet}")
+    # One spelling for one set of addresses: it becomes part of the PoolID.
+    merged = AddressSet((each.first, each.last) for each in ranges)
+    return tuple(Range(subnet.version, first, last) for first, last in merged)
+
+
+def _one_of(option: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise BadRequest(f"--ipam-opt {option}={_shown(value)}: expected {' or '.join(choices)}")
+    return value
+
+
+def _interface(name: str) -> str:
+    if name and (not INTERFACE.fullmatch(name) or name in (".", "..")):
+        raise BadRequest(f"--ipam-opt interface={_shown(name)} is not the name of a network interface")
+    return name
+
+
+def _hold(text: str) -> str:
+    try:
+        parse_duration(text)
+    except ValueError as error:
+        raise BadRequest(f"--ipam-opt hold: {error}") from None
+    return text.strip()
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:77] + "...")
+
+
+# --------------------------------------------------------------------------------------------- values
+
+
+class Container(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What is known of the container that has an address."""
+
+    name: str = ""
+    id: str = ""
+    image: str = ""
+    network: str = ""
+
+
+class Holder(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A host that uses a shared address for one pool, and how many of its networks do."""
+
+    host: str
+    pool: str
+    count: int = 1
+
+
+class Lease(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An address that is not free, and why. `token` is new with every grant: what a release is compared with."""
+
+    kind: str
+    host: str = ""
+    mac: str = ""
+    container: Container | None = None
+    pool: str = ""
+    since: str = ""
+    token: str = ""
+    interface: str = ""  # kind host: the interface that carries it
+    holders: tuple[Holder, ...] = ()  # kinds router and host: the networks that use it
+    noted: int = 0  # kind endpoint: how many times an auxiliary address of this host named it
+    note: str = ""  # an operator's words
+    by: str = ""  # who reserved it
+
+    def told(self) -> str:
+        """Who has it, for a sentence."""
+        who = f"host {self.host}" if self.host else ""
+        if self.kind == ENDPOINT:
+            name = f"container {self.container.name}" if self.container and self.container.name else "a container"
+            who = f"{name} on {who}" if who else name
+            return who + (f" (MAC {self.mac})" if self.mac else "") + self._when()
+        if self.kind == HOST:
+            where = f" ({self.interface}, MAC {self.mac})" if self.mac else ""
+            return f"Docker {who} itself{where}" + self._when()
+        if self.kind == ROUTER:
+            users = ", ".join(sorted({holder.host for holder in self.holders}))
+            return "a router or auxiliary address" + (f" of host {users}" if users else "") + self._when()
+        if self.kind == RESERVED:
+            note = f": {self.note}" if self.note else ""
+            return f"a reservation{f' by {self.by}' if self.by else ''}{note}" + self._when()
+        if self.kind == CONFLICT:
+            return f"a machine that is none of ours (MAC {self.mac or 'unknown'})" + self._when()
+        if self.kind == UNREADABLE:
+            return f"a value in etcd that cannot be read: {self.note}"
+        return f"{self.kind} of {who or 'nobody known'}" + self._when()
+
+    def _when(self) -> str:
+        return f" since {self.since}" if self.since else ""
+
+
+class SegmentSettings(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Cluster-wide settings of a segment. Its revision is compared by every grant in the segment."""
+
+    router: str | list[str] = ""
+    exclude: tuple[str, ...] = ()
+    reserved: tuple[Reservation, ...] = ()
+    moving: tuple[str, ...] = ()  # addresses that move between machines (keepalived)
+    note: str = ""
+
+    def routers(self) -> list[Address]:
+        told = [self.router] if isinstance(self.router, str) else self.router
+        return [parse_address(text) for text in told if text]
+
+    def ranges(self) -> list[Range]:
+        """All that must not be given out. Raises ValueError when a part of it cannot be read."""
+        return [
+            *(parse_range(text) for text in self.exclude),
+            *(parse_range(each.range) for each in self.reserved),
+            *(parse_range(text) for text in self.moving),
+        ]
+
+
+class Reservation(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A range that an operator keeps for something else."""
+
+    range: str
+    note: str = ""
+    by: str = ""
+    since: str = ""
+
+
+class HostAddress(msgspec.Struct, frozen=True, omit_defaults=True):
+    address: str
+    prefixlen: int
+    interface: str
+    mac: str = ""
+
+
+class Host(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A Docker host: who it is and which addresses its own interfaces carry."""
+
+    host: str
+    machine_id: str = ""
+    version: str = ""
+    joined: str = ""
+    addresses: tuple[HostAddress, ...] = ()
+    alarms: tuple[str, ...] = ()
+
+
+class Alive(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A host's heartbeat, bound to an etcd lease: it vanishes when the daemon stops refreshing it."""
+
+    host: str
+    machine_id: str
+    boot_id: str
+    process: str  # token of the serving process
+    state: str = ""  # token of its state_dir, which only one process can lock
+    pid: int = 0
+    pid_namespace: str = ""
+    pid_started: str = ""
+    since: str = ""
+    version: str = ""
+
+
+class PoolUse(msgspec.Struct, frozen=True, omit_defaults=True):
+    """That a host uses a pool: how many of its networks, and the options they were asked with."""
+
+    host: str
+    segment: str
+    subnet: str
+    range: str = ""
+    options: dict[str, str] = {}
+    since: str = ""
+    count: int = 1
+    token: str = ""  # new with every change, so that a write whose outcome was unknown is recognised
+
+
+class Tenancy(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One past holder of an address."""
+
+    kind: str
+    host: str = ""
+    mac: str = ""
+    container: Container | None = None
+    since: str = ""
+    until: str = ""
+    why: str = ""
+
+
+class History(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The last holders of an address, newest first."""
+
+    past: tuple[Tenancy, ...] = ()
+
+
+HISTORY_LENGTH = 5  # holders remembered for one address
+
+
+def remember(history: History, lease: Lease, why: str, now: datetime.datetime) -> History:
+    """The history with one more holder in it, the oldest forgotten."""
+    ended = Tenancy(
+        kind=lease.kind, host=lease.host, mac=lease.mac, container=lease.container,
+        since=lease.since, until=rfc3339(now), why=why,
+    )
+    return History(past=(ended, *history.past)[:HISTORY_LENGTH])
+
+
+def rfc3339(moment: datetime.datetime) -> str:
+    """UTC with milliseconds, as it stands in etcd."""
+    return moment.astimezone(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def parse_time(text: str) -> float | None:
+    """Seconds since the epoch, or None when it is no time."""
+    try:
+        moment = datetime.datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
+
+
+_encoder = msgspec.json.Encoder()
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+def encode(value: msgspec.Struct) -> bytes:
+    return _encoder.encode(value)
+
+
+def decode(value: bytes, kind: type[T]) -> T:
+    """Raises ValueError with one line when the value is not what it should be."""
+    try:
+        decoded: T = _decoder(kind).decode(value)
+        return decoded
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{error}") from None
+
+
+_decoders: dict[type, Any] = {}
+
+
+def _decoder(kind: type) -> Any:
+    if kind not in _decoders:
+        _decoders[kind] = msgspec.json.Decoder(kind)
+    return _decoders[kind]
+
+
+def read_lease(value: bytes) -> Lease:
+    """A lease, whatever the value is: what cannot be read is `unreadable`, and its address is taken."""
+    try:
+        lease = decode(value, Lease)
+        if lease.kind in KINDS:
+            return lease
+        reason = f"kind {_shown(lease.kind)} is unknown"
+    except ValueError as error:
+        reason = str(error)
+    start = value[:60].decode("utf-8", "replace")
+    printable = "".join(letter if letter.isprintable() else "?" for letter in start)
+    return Lease(kind=UNREADABLE, note=f"{printable!r} ({reason[:120]})")
+
+
+# ----------------------------------------------------------------------------------------------- keys
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The names of the keys below one prefix."""
+
+    prefix: str = "/ipam-plugin/v1/"
+    leases: str = field(init=False)
+    history: str = field(init=False)
+    segments: str = field(init=False)
+    pools: str = field(init=False)
+    hosts: str = field(init=False)
+    alive: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name in ("leases", "history", "segments", "pools", "hosts", "alive"):
+            object.__setattr__(self, name, f"{self.prefix}{name}/")
+
+    def lease(self, segment: str, address: Address) -> str:
+        return f"{self.leases}{segment}/{address}"
+
+    def past(self, segment: str, address: Address) -> str:
+        return f"{self.history}{segment}/{address}"
+
+    def segment(self, segment: str) -> str:
+        return f"{self.segments}{segment}"
+
+    def pool(self, pool: Pool, host: str) -> str:
+        return f"{self.pools}{pool.id}/{host}"
+
+    def host(self, host: str) -> str:
+        return f"{self.hosts}{host}"
+
+    def heartbeat(self, host: str) -> str:
+        return f"{self.alive}{host}"
+
+
+def segment_and_address(rest: str) -> tuple[str, Address]:
+    """From the end of a lease or history key, in any spelling of the address.
+
+    Raises ValueError when it names no address: such a key takes nothing.
+    """
+    segment, _, text = rest.partition("/")
+    return segment, parse_address(text.partition("/")[0])

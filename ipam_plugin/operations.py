@@ -1,0 +1,334 @@
+"""What an operator asks and changes, straight in etcd: no daemon is needed, any machine that reaches etcd will do.
+
+Every change is one transaction on what was read, like the daemon's own.
+"""
+
+from __future__ import annotations
+
+import datetime
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import msgspec
+
+from ipam_plugin.addresses import Address, Range, address_of, parse_range
+from ipam_plugin.errors import AddressTaken, Refused
+from ipam_plugin.etcd import Commit, Delete, KeyValue, Put
+from ipam_plugin.model import (
+    CONFLICT,
+    ENDPOINT,
+    RESERVED,
+    UNREADABLE,
+    Alive,
+    History,
+    Host,
+    Keys,
+    Lease,
+    Pool,
+    PoolUse,
+    Reservation,
+    SegmentSettings,
+    Tenancy,
+    decode,
+    encode,
+    read_lease,
+    remember,
+    rfc3339,
+    segment_and_address,
+)
+
+PATIENCE = 10.0  # seconds for one question to etcd
+
+
+class Store(Protocol):
+    """What is needed of etcd here."""
+
+    def get_many(self, keys: Sequence[str], *, deadline: float) -> tuple[Mapping[str, KeyValue | None], int]: ...
+    def list(self, prefix: str, *, deadline: float, keys_only: bool = False) -> tuple[list[KeyValue], int]: ...
+    def commit(
+        self, expect: Mapping[str, int], writes: Sequence[Put | Delete], *, deadline: float, proof: str | None = None
+    ) -> Commit: ...
+
+
+class Found(NamedTuple):
+    """A lease and where it stands."""
+
+    segment: str
+    address: Address
+    lease: Lease
+    key: str
+    revision: int
+
+
+class HostLine(NamedTuple):
+    name: str
+    alive: Alive | None
+    host: Host | None
+    leases: int
+
+
+class PoolLine(NamedTuple):
+    pool_id: str
+    pool: Pool | None
+    uses: list[PoolUse]
+    leases: int
+
+
+class Explanation(NamedTuple):
+    """All that is known of one address in one segment."""
+
+    segment: str
+    address: Address
+    lease: Lease | None
+    reasons: list[str]  # why it would not be given though it has no lease
+    past: tuple[Tenancy, ...]
+
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+class Operations:
+    """One operator's work on one register. Raises the errors of errors.py."""
+
+    def __init__(self, etcd: Store, keys: Keys, who: str) -> None:
+        self._etcd = etcd
+        self._keys = keys
+        self._who = who
+
+    # ------------------------------------------------------------------------------------- looking
+
+    def leases(self, segment: str | None = None) -> list[Found]:
+        """Every address that is not free, in the order of segments and addresses, also hand-written keys."""
+        prefix = self._keys.leases + (f"{segment}/" if segment else "")
+        found = list(filter(None, map(self._found, self._list(prefix))))
+        return sorted(found, key=lambda each: (each.segment, each.address.version, int(each.address)))
+
+    def explain(self, address: Address, segment: str | None, default: str) -> list[Explanation]:
+        """In the segment named, or else wherever something is known of the address, or else in the default one."""
+        leases = [each for each in self.leases(segment) if each.address == address]
+        hosts = [
+            f"it is an address of Docker host {line.name} itself ({each.interface})"
+            for line in self.hosts()
+            if line.host
+            for each in line.host.addresses
+            if each.address == str(address)
+        ]
+        settings = self.segments()
+        names = {segment} if segment else {each.segment for each in leases} | set(settings)
+        explained = []
+        for name in sorted(names | (set() if names else {default})):
+            held = next((each.lease for each in leases if each.segment == name), None)
+            reasons = [*_forbidding(name, settings.get(name), address), *hosts]
+            past = self._value(self._keys.past(name, address), History)
+            if segment or held or reasons != hosts or past or name == default:
+                explained.append(Explanation(name, address, held, reasons, past.past if past else ()))
+        return explained
+
+    def hosts(self) -> list[HostLine]:
+        known = {each.key.removeprefix(self._keys.hosts): each.value for each in self._list(self._keys.hosts)}
+        alive = {each.key.removeprefix(self._keys.alive): each.value for each in self._list(self._keys.alive)}
+        held: dict[str, int] = {}
+        for each in self.leases():
+            held[each.lease.host] = held.get(each.lease.host, 0) + 1
+        names = sorted({*known, *alive, *filter(None, held)})
+        return [
+            HostLine(name, _read(alive.get(name), Alive), _read(known.get(name), Host), held.get(name, 0))
+            for name in names
+        ]
+
+    def pools(self) -> list[PoolLine]:
+        uses: dict[str, list[PoolUse]] = {}
+        for each in self._list(self._keys.pools):
+            pool_id, _, host = each.key.removeprefix(self._keys.pools).rpartition("/")
+            use = _read(each.value, PoolUse) or PoolUse(host=host, segment="", subnet="")
+            uses.setdefault(pool_id, []).append(use)
+        held: dict[str, int] = {}
+        for found in self.leases():
+            held[found.lease.pool] = held.get(found.lease.pool, 0) + 1
+        return [PoolLine(pool_id, _pool(pool_id), uses[pool_id], held.get(pool_id, 0)) for pool_id in sorted(uses)]
+
+    def segments(self) -> dict[str, SegmentSettings | str]:
+        """Settings by segment; a text where they cannot be read."""
+        found: dict[str, SegmentSettings | str] = {}
+        for each in self._list(self._keys.segments):
+            try:
+                settings = decode(each.value, SegmentSettings)
+                settings.ranges(), settings.routers()
+                found[each.key.removeprefix(self._keys.segments)] = settings
+            except ValueError as error:
+                found[each.key.removeprefix(self._keys.segments)] = str(error)
+        return found
+
+    # ------------------------------------------------------------------------------------ changing
+
+    def reserve(self, what: Range, segment: str, note: str) -> list[Found]:
+        """Keep an address, or a range, for something else. Returns the leases that are in the range already.
+
+        An address is reserved by its own key, a range by the segment's settings, which every grant compares.
+        """
+        if what.size() > 1:
+            kept = Reservation(range=str(what), note=note, by=self._who, since=_now())
+            self.change_segment(
+                segment,
+                lambda settings: msgspec.structs.replace(
+                    settings, reserved=(*(each for each in settings.reserved if each.range != kept.range), kept)
+                ),
+            )
+            return [each for each in self.leases(segment) if what.contains(each.address)]
+        address = address_of(what.version, what.first)
+        lease = Lease(kind=RESERVED, note=note, by=self._who, since=_now(), token=secrets.token_urlsafe(12))
+        for found in self._attempts(segment, address):
+            if found is not None and found.lease.kind != RESERVED:
+                raise AddressTaken(f"{address} in segment {segment} is taken: {found.lease.told()}")
+            key = self._keys.lease(segment, address)
+            if self._commit({key: found.revision if found else 0}, [Put(key, encode(lease))], proof=key):
+                break
+        return []
+
+    def unreserve(self, what: Range, segment: str) -> None:
+        """Undo `reserve`, also one that was written by hand in any spelling of the address."""
+        if what.size() > 1:
+            self.change_segment(segment, lambda settings: _without_range(settings, what, segment))
+            return
+        address = address_of(what.version, what.first)
+        held = [each for each in self.leases(segment) if each.address == address]
+        reserved = [each for each in held if each.lease.kind in (RESERVED, UNREADABLE)]
+        for each in reserved:
+            if not self._commit({each.key: each.revision}, [Delete(each.key)]):
+                raise Refused(f"{address} in segment {segment} has just changed; look again with: show {address}")
+        if reserved:
+            return
+        if held:
+            raise Refused(f"{address} in segment {segment} is not reserved, it is taken: {held[0].lease.told()}")
+        settings = self.segments().get(segment)
+        if isinstance(settings, SegmentSettings):
+            inside = [each.range for each in settings.reserved if parse_range(each.range).contains(address)]
+            if inside:
+                raise Refused(f"{address} in segment {segment} is reserved with {inside[0]}; unreserve that range")
+        raise Refused(f"{address} in segment {segment} is not reserved")
+
+    def release(self, address: Address, segment: str, force: bool) -> Lease:
+        """Free an address by an operator's word. Returns the lease that ended."""
+        for found in self._attempts(segment, address):
+            if found is None:
+                raise Refused(f"{address} in segment {segment} is free already")
+            lease = found.lease
+            if lease.kind in (RESERVED, UNREADABLE):
+                raise Refused(f"{address} in segment {segment} is reserved: ipam-plugin unreserve {address}")
+            if lease.kind != CONFLICT and not force:
+                gone = "its container is gone" if lease.kind == ENDPOINT else "nothing uses it any more"
+                raise Refused(
+                    f"{address} in segment {segment} is held: {lease.told()}. Nothing here proves that it is free; when"
+                    f" you know that {gone}, say --force"
+                )
+            past_key = self._keys.past(segment, address)
+            past, _ = self._etcd.get_many([past_key], deadline=_deadline())
+            known = past[past_key]
+            history = remember(
+                _read(known.value if known else None, History) or History(),
+                lease,
+                f"released by {self._who}",
+                datetime.datetime.now(datetime.UTC),
+            )
+            expect = {found.key: found.revision, past_key: known.revision if known else 0}
+            if self._commit(expect, [Delete(found.key), Put(past_key, encode(history))]):
+                return lease
+        raise AssertionError("unreachable")
+
+    def change_segment(self, segment: str, change: Callable[[SegmentSettings], SegmentSettings]) -> SegmentSettings:
+        """Change the settings of a segment for all hosts. What cannot be read is not overwritten."""
+        key = self._keys.segment(segment)
+        while True:
+            found, _ = self._etcd.get_many([key], deadline=_deadline())
+            current = found[key]
+            try:
+                settings = decode(current.value, SegmentSettings) if current else SegmentSettings()
+            except ValueError as error:
+                raise Refused(f"the settings of segment {segment} ({key}) cannot be read, mend them: {error}") from None
+            changed = change(settings)
+            if self._commit({key: current.revision if current else 0}, [Put(key, encode(changed))]):
+                return changed
+
+    # ------------------------------------------------------------------------------------- reading
+
+    def _attempts(self, segment: str, address: Address) -> Iterator[Found | None]:
+        """The lease as it is now, again and again, for a change that another one got ahead of."""
+        key = self._keys.lease(segment, address)
+        while True:
+            found, _ = self._etcd.get_many([key], deadline=_deadline())
+            current = found[key]
+            yield self._found(current) if current else None
+
+    def _found(self, each: KeyValue) -> Found | None:
+        try:
+            segment, address = segment_and_address(each.key.removeprefix(self._keys.leases))
+        except ValueError:
+            return None
+        return Found(segment, address, read_lease(each.value), each.key, each.revision)
+
+    def _list(self, prefix: str) -> list[KeyValue]:
+        return self._etcd.list(prefix, deadline=_deadline())[0]
+
+    def _value(self, key: str, kind: type[T]) -> T | None:
+        found, _ = self._etcd.get_many([key], deadline=_deadline())
+        each = found[key]
+        return _read(each.value if each else None, kind)
+
+    def _commit(self, expect: Mapping[str, int], writes: Sequence[Put | Delete], proof: str | None = None) -> bool:
+        return self._etcd.commit(expect, writes, deadline=_deadline(), proof=proof).applied
+
+
+def _forbidding(segment: str, settings: SegmentSettings | str | None, address: Address) -> list[str]:
+    if settings is None:
+        return []
+    if isinstance(settings, str):
+        return [f"the settings of segment {segment} cannot be read, so nothing is given out in it: {settings}"]
+    reasons = [f"it is excluded ({text})" for text in settings.exclude if parse_range(text).contains(address)]
+    for each in settings.reserved:
+        if parse_range(each.range).contains(address):
+            by = f" by {each.by}" if each.by else ""
+            reasons.append(f"it is reserved{by} ({each.range}){f': {each.note}' if each.note else ''}")
+    if any(parse_range(text).contains(address) for text in settings.moving):
+        reasons.append("it moves between machines")
+    if address in settings.routers():
+        reasons.append("it is the segment's router")
+    return reasons
+
+
+def _without_range(settings: SegmentSettings, what: Range, segment: str) -> SegmentSettings:
+    rest = tuple(each for each in settings.reserved if parse_range(each.range) != what)
+    if len(rest) == len(settings.reserved):
+        known = ", ".join(each.range for each in settings.reserved) or "none"
+        raise Refused(f"{what} is not a reserved range of segment {segment}; these are: {known}")
+    return msgspec.structs.replace(settings, reserved=rest)
+
+
+def _read(value: bytes | None, kind: type[T]) -> T | None:
+    try:
+        return decode(value, kind) if value is not None else None
+    except ValueError:
+        return None
+
+
+def _pool(pool_id: str) -> Pool | None:
+    try:
+        return Pool.parse(pool_id)
+    except Refused:
+        return None
+
+
+def _now() -> str:
+    return rfc3339(datetime.datetime.now(datetime.UTC))
+
+
+def _deadline() -> float:
+    return time.monotonic() + PATIENCE
+
+
+def plain(value: Any) -> Any:
+    """Structs and addresses as what JSON has."""
+    return msgspec.to_builtins(value, str_keys=True)
+
+

@@ -1,0 +1,568 @@
+"""What this daemon knows of the register, and which address it would try next. Pure but for a lock and a log line.
+
+The view is fed by a watch on etcd and by this daemon's own transactions. It is only a hint: it may be behind,
+and the transaction decides (promise P1). What a stale view costs is one more try. The lock keeps the structure
+whole between threads; no promise rests on it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import heapq
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from ipam_plugin.addresses import (
+    Address,
+    AddressSet,
+    Network,
+    Range,
+    address_of,
+    next_outside,
+    parse_address,
+    parse_range,
+    range_of,
+)
+from ipam_plugin.model import (
+    KINDS,
+    UNREADABLE,
+    History,
+    Host,
+    Keys,
+    Pool,
+    PoolUse,
+    SegmentSettings,
+    decode,
+    parse_time,
+    read_lease,
+    segment_and_address,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Entry(NamedTuple):
+    """What is kept in memory of a lease: enough to skip the address, to count it and to recognise our own."""
+
+    kind: str
+    host: str
+    token: str
+    revision: int
+
+
+class Local(NamedTuple):
+    """What this host's own configuration adds to a segment."""
+
+    exclude: tuple[Range, ...] = ()
+    routers: tuple[Address, ...] = ()
+    cooldown: float = 300.0  # seconds
+
+
+class Settings(NamedTuple):
+    """A segment's settings in etcd as last read, and the revision that a grant compares."""
+
+    revision: int  # 0: there are none
+    value: SegmentSettings
+    error: str  # why they cannot be read; nothing is given out then
+
+
+class Full(NamedTuple):
+    """Why no address can be chosen."""
+
+    pending: bool  # other requests of this daemon are trying the last ones
+    counts: str  # for the sentence
+
+
+NO_SETTINGS = Settings(0, SegmentSettings(), "")
+
+
+class _Family:
+    """The addresses of one IP version in one segment."""
+
+    def __init__(self) -> None:
+        self.entries: dict[int, Entry] = {}
+        self.taken = AddressSet()
+        self.resting: dict[int, float] = {}  # until when, seconds since the epoch
+        self.rest_ends: list[tuple[float, int]] = []
+        # taken and resting in one set: two large sets that interleave would have to be walked in turns.
+        self.avoid = AddressSet()
+        self.pending = AddressSet()  # being tried by a request of this daemon
+        self.kinds: dict[str, AddressSet] = {}
+        self.aliases: dict[int, dict[str, int]] = {}  # keys that spell the address another way -> revision
+
+    def set(self, number: int, entry: Entry) -> None:
+        old = self.entries.get(number)
+        if old is not None:
+            if old.revision > entry.revision:
+                return
+            if old.kind != entry.kind:
+                self.kinds[old.kind].discard(number)
+        self.entries[number] = entry
+        self.taken.add(number)
+        self.avoid.add(number)
+        self.kinds.setdefault(entry.kind, AddressSet()).add(number)
+
+    def remove(self, number: int, revision: int) -> None:
+        old = self.entries.get(number)
+        if old is None or old.revision > revision:
+            return
+        del self.entries[number]
+        self.kinds[old.kind].discard(number)
+        self._freed(number)
+
+    def alias(self, number: int, key: str, revision: int | None) -> None:
+        """A hand-written key in another spelling (None: it is gone)."""
+        keys = self.aliases.setdefault(number, {})
+        if revision is not None:
+            keys[key] = revision
+            self.taken.add(number)
+            self.avoid.add(number)
+            return
+        keys.pop(key, None)
+        if not keys:
+            del self.aliases[number]
+            self._freed(number)
+
+    def _freed(self, number: int) -> None:
+        if number in self.entries or number in self.aliases:
+            return
+        self.taken.discard(number)
+        if number not in self.resting:
+            self.avoid.discard(number)
+
+    def rest(self, number: int, until: float) -> None:
+        self.resting[number] = until
+        heapq.heappush(self.rest_ends, (until, number))
+        self.avoid.add(number)
+
+    def wake(self, now: float) -> None:
+        """End the rest of those whose cooldown is over."""
+        while self.rest_ends and self.rest_ends[0][0] <= now:
+            _, number = heapq.heappop(self.rest_ends)
+            if self.resting.get(number, now + 1) <= now:
+                del self.resting[number]
+                if number not in self.taken:
+                    self.avoid.discard(number)
+
+
+class _Segment:
+    def __init__(self) -> None:
+        self.families = {4: _Family(), 6: _Family()}
+        self.settings = NO_SETTINGS
+
+
+class View:
+    """One segment space as seen by one host. All methods may be called from any thread."""
+
+    def __init__(self, keys: Keys, host: str, local: Callable[[str], Local] = lambda segment: Local()) -> None:
+        self._keys = keys
+        self._host = host
+        self._local = functools.cache(local)
+        self._changed = threading.Condition()
+        self._segments: dict[str, _Segment] = {}
+        self._hosts: dict[str, tuple[int, Host]] = {}
+        self._host_numbers = {4: AddressSet(), 6: AddressSet()}
+        self._hosts_generation = 0
+        self._pools: dict[str, dict[str, tuple[int, PoolUse]]] = {}  # PoolID -> host -> use
+        self._forbidden: dict[str, tuple[tuple[int, int], AddressSet]] = {}
+        self._cursors: dict[str, int] = {}
+        self._lost_races = 0
+        self._reported: set[str] = set()
+        self.revision = 0  # everything up to this revision of etcd is in the view
+        self.loaded = threading.Event()  # the first list has been read
+        self.on_lease: Callable[[str, Entry], None] = lambda key, entry: None
+        self.on_pools: Callable[[], None] = lambda: None
+
+    # ------------------------------------------------------------------------------------ being fed
+
+    def reset(self, values: Iterable[tuple[str, bytes, int]], revision: int) -> None:
+        """Everything below the prefix, as (key, value, revision), listed at one revision."""
+        with self._changed:
+            newer = [
+                (segment, version, number, entry)
+                for segment, each in self._segments.items()
+                for version, family in each.families.items()
+                for number, entry in family.entries.items()
+                if entry.revision > revision
+            ]
+            pending = {
+                (name, version): family.pending
+                for name, each in self._segments.items()
+                for version, family in each.families.items()
+            }
+            self._segments, self._hosts, self._pools, self._forbidden = {}, {}, {}, {}
+            for (name, version), numbers in pending.items():
+                self._segment(name).families[version].pending = numbers
+            for key, value, key_revision in values:
+                self._apply(key, value, key_revision)
+            for segment, version, number, entry in newer:  # our own transactions, which the list does not have yet
+                self._segment(segment).families[version].set(number, entry)
+            self._read_hosts()
+            self.revision = max(self.revision, revision)
+            self.loaded.set()
+            self._changed.notify_all()
+        self.on_pools()
+
+    def apply(self, events: Iterable[tuple[str, bytes | None, int]], revision: int) -> None:
+        """Changes in the order of their revisions, as (key, value or None when deleted, revision)."""
+        pools = False
+        with self._changed:
+            for key, value, key_revision in events:
+                pools |= key.startswith(self._keys.pools)
+                self._apply(key, value, key_revision)
+                if key.startswith(self._keys.hosts):
+                    self._read_hosts()
+            self.revision = max(self.revision, revision)
+            self._changed.notify_all()
+        if pools:
+            self.on_pools()
+
+    def learn(self, key: str, value: bytes | None, revision: int) -> None:
+        """What a transaction of this daemon wrote or found. The watch will say it again."""
+        with self._changed:
+            self._apply(key, value, revision)
+            self._changed.notify_all()
+
+    def _apply(self, key: str, value: bytes | None, revision: int) -> None:
+        keys = self._keys
+        if key.startswith(keys.leases):
+            self._apply_lease(key, value, revision)
+        elif key.startswith(keys.history):
+            self._apply_history(key, value)
+        elif key.startswith(keys.segments):
+            self._apply_settings(key.removeprefix(keys.segments), value, revision)
+        elif key.startswith(keys.pools):
+            self._apply_pool(key, value, revision)
+        elif key.startswith(keys.hosts):
+            name = key.removeprefix(keys.hosts)
+            if value is None:
+                self._hosts.pop(name, None)
+                return
+            try:
+                self._hosts[name] = (revision, decode(value, Host))
+            except ValueError as error:
+                self._report(key, f"cannot be read ({error}); the addresses it names are not known here")
+
+    def _apply_lease(self, key: str, value: bytes | None, revision: int) -> None:
+        try:
+            segment, address = segment_and_address(key.removeprefix(self._keys.leases))
+        except ValueError as error:
+            if value is not None:
+                self._report(key, f"names no address and takes none: {error}")
+            return
+        family, number = self._segment(segment).families[address.version], int(address)
+        if key != self._keys.lease(segment, address):
+            if value is not None:
+                self._report(key, f"spells {address} in another way; it counts as taken")
+            family.alias(number, key, None if value is None else revision)
+        elif value is None:
+            family.remove(number, revision)
+        else:
+            lease = read_lease(value)
+            if lease.kind == UNREADABLE:
+                self._report(key, f"has a value that cannot be read, {lease.note}; {address} counts as taken")
+            entry = Entry(lease.kind, _interned(lease.host), lease.token, revision)
+            family.set(number, entry)
+            self.on_lease(key, entry)
+
+    def _apply_history(self, key: str, value: bytes | None) -> None:
+        if value is None:
+            return
+        try:
+            segment, address = segment_and_address(key.removeprefix(self._keys.history))
+            past = decode(value, History).past
+        except ValueError as error:
+            self._report(key, f"cannot be read: {error}")
+            return
+        freed = parse_time(past[0].until) if past else None
+        if freed is not None:
+            until = freed + self._cooldown(segment)
+            if until > time.time():
+                self._segment(segment).families[address.version].rest(int(address), until)
+
+    def _apply_settings(self, name: str, value: bytes | None, revision: int) -> None:
+        segment = self._segment(name)
+        if value is None:
+            segment.settings = NO_SETTINGS
+            return
+        try:
+            settings = decode(value, SegmentSettings)
+            settings.ranges(), settings.routers()
+            segment.settings = Settings(revision, settings, "")
+        except ValueError as error:
+            # To guess here could give out what an operator excluded.
+            self._report(self._keys.segment(name), f"cannot be read, so nothing is given out in it: {error}")
+            segment.settings = Settings(revision, SegmentSettings(), str(error))
+
+    def _apply_pool(self, key: str, value: bytes | None, revision: int) -> None:
+        pool_id, _, host = key.removeprefix(self._keys.pools).rpartition("/")
+        if value is None:
+            self._pools.get(pool_id, {}).pop(host, None)
+            return
+        try:
+            self._pools.setdefault(pool_id, {})[host] = (revision, decode(value, PoolUse))
+        except ValueError as error:
+            self._report(key, f"cannot be read: {error}")
+
+    def _read_hosts(self) -> None:
+        numbers = {4: AddressSet(), 6: AddressSet()}
+        for _, host in self._hosts.values():
+            for each in host.addresses:
+                try:
+                    address = parse_address(each.address)
+                except ValueError:
+                    continue
+                numbers[address.version].add(int(address))
+        self._host_numbers = numbers
+        self._hosts_generation += 1
+
+    def _report(self, key: str, what: str) -> None:
+        if key not in self._reported:
+            if len(self._reported) > 1000:
+                self._reported.clear()
+            self._reported.add(key)
+            log.warning("etcd key %s %s", ascii(key), what)
+
+    def _segment(self, name: str) -> _Segment:
+        if name not in self._segments:
+            self._segments[name] = _Segment()
+        return self._segments[name]
+
+    def _cooldown(self, segment: str) -> float:
+        return self._local(segment).cooldown
+
+    # ------------------------------------------------------------------------------------ questions
+
+    def entry(self, segment: str, address: Address) -> Entry | None:
+        with self._changed:
+            return self._segment(segment).families[address.version].entries.get(int(address))
+
+    def settings(self, segment: str) -> Settings:
+        with self._changed:
+            return self._segment(segment).settings
+
+    def routers(self, segment: str) -> list[Address]:
+        """The segment's routers, from etcd and from this host's configuration."""
+        told = self.settings(segment).value.routers()
+        return [*told, *(each for each in self._local(segment).routers if each not in told)]
+
+    def shared_entries(self, pool: Pool, kinds: Iterable[str]) -> list[tuple[Address, Entry]]:
+        """The leases of these kinds in the pool's subnet."""
+        whole = range_of(pool.subnet)
+        with self._changed:
+            family = self._segment(pool.segment).families[whole.version]
+            return [
+                (address_of(whole.version, number), family.entries[number])
+                for kind in kinds
+                for first, last in list(family.kinds.get(kind, AddressSet()))
+                for number in range(max(first, whole.first), min(last, whole.last) + 1)
+            ]
+
+    def entries_of(self, host: str) -> list[tuple[str, Address, Entry]]:
+        """All leases of a host, as (segment, address, entry)."""
+        with self._changed:
+            return [
+                (name, address_of(version, number), entry)
+                for name, segment in self._segments.items()
+                for version, family in segment.families.items()
+                for number, entry in family.entries.items()
+                if entry.host == host
+            ]
+
+    def subnets(self) -> dict[str, set[Network]]:
+        """The subnets of all pools in use, by segment: where a Docker host's own address matters."""
+        with self._changed:
+            found: dict[str, set[Network]] = {}
+            for pool_id, uses in self._pools.items():
+                if uses:
+                    try:
+                        pool = Pool.parse(pool_id)
+                    except Exception:
+                        self._report(self._keys.pools + pool_id, "is no pool that this version understands")
+                        continue
+                    found.setdefault(pool.segment, set()).add(pool.subnet)
+            return found
+
+    def uses(self, pool_id: str, host: str) -> bool:
+        with self._changed:
+            return host in self._pools.get(pool_id, {})
+
+    def host(self, name: str) -> tuple[int, Host | None]:
+        with self._changed:
+            return self._hosts.get(name, (0, None))
+
+    def host_with(self, address: Address) -> str:
+        """The registered host whose interface carries this address, or ''."""
+        with self._changed:
+            if int(address) not in self._host_numbers[address.version]:
+                return ""
+            return next(
+                (
+                    name
+                    for name, (_, host) in self._hosts.items()
+                    if any(each.address == str(address) for each in host.addresses)
+                ),
+                "a registered host",
+            )
+
+    def forbids(self, segment: str, address: Address) -> str:
+        """Why the address is never given to a container whoever asks, as the end of a sentence, or ''."""
+        local = self._local(segment)
+        settings = self.settings(segment).value
+        for each in local.exclude:
+            if each.contains(address):
+                return f"it is excluded by this host's configuration ({each})"
+        for text in settings.exclude:
+            if parse_range(text).contains(address):
+                return f"it is excluded in segment {segment} ({text})"
+        for reservation in settings.reserved:
+            if parse_range(reservation.range).contains(address):
+                by = f" by {reservation.by}" if reservation.by else ""
+                note = f": {reservation.note}" if reservation.note else ""
+                return f"it is reserved{by}{note} ({reservation.range})"
+        if self.moves(segment, address):
+            return f"it moves between machines, says segment {segment}"
+        if address in self.routers(segment):
+            return f"it is the router of segment {segment}"
+        owner = self.host_with(address)
+        return f"it is Docker host {owner}'s own address" if owner else ""
+
+    def moves(self, segment: str, address: Address) -> bool:
+        """Whether an operator declared that the address moves between machines (keepalived)."""
+        return any(parse_range(text).contains(address) for text in self.settings(segment).value.moving)
+
+    def wait_for(self, revision: int, deadline: float) -> bool:
+        """Until the view has everything up to the revision. False when the deadline (monotonic seconds) passes."""
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: self.revision >= revision, max(0.0, deadline - time.monotonic())
+            )
+
+    def wait_for_change(self, deadline: float) -> None:
+        with self._changed:
+            self._changed.wait(max(0.0, min(1.0, deadline - time.monotonic())))
+
+    # ------------------------------------------------------------------------------------- choosing
+
+    @contextmanager
+    def candidate(self, pool: Pool) -> Iterator[Address | Full]:
+        """The next address to try; no other request of this daemon is offered it meanwhile.
+
+        Start at a point hashed from the host's name, go on from the last one given, skip what rests; when
+        nothing else is left, what rests is used (design section 6).
+        """
+        with self._changed:
+            family = self._segment(pool.segment).families[pool.subnet.version]
+            number = self._next(pool, family)
+            if number is not None:
+                family.pending.add(number)
+                self._cursors[pool.id] = number + 1
+        if number is None:
+            yield Full(pending=self._is_pending(pool, family), counts=self.counts(pool))
+            return
+        try:
+            yield address_of(pool.subnet.version, number)
+        finally:
+            with self._changed:
+                # A reset may have replaced the family, but not the set of pending addresses.
+                family.pending.discard(number)
+                self._changed.notify_all()
+
+    def lost_race(self, pool: Pool) -> None:
+        """Another host took the candidate first. Go on elsewhere: next to it the two would meet again."""
+        with self._changed:
+            self._lost_races += 1
+            self._cursors[pool.id] = self._point(pool, self._lost_races)
+
+    def _point(self, pool: Pool, turn: int) -> int:
+        spread = hashlib.blake2b(f"{self._host} {pool.id} {turn}".encode(), digest_size=16).digest()
+        where = pool.candidates
+        return where.first + int.from_bytes(spread) % max(1, where.size())
+
+    def _next(self, pool: Pool, family: _Family) -> int | None:
+        where = pool.candidates
+        if where.size() < 1:
+            return None
+        family.wake(time.time())
+        forbidden = self._forbidden_in(pool)
+        start = self._cursors.get(pool.id)
+        if start is None or not where.first <= start <= where.last:
+            start = where.first if start is not None else self._point(pool, 0)
+        for skipped in ((family.avoid, family.pending, forbidden), (family.taken, family.pending, forbidden)):
+            number = next_outside(skipped, start, where.last)
+            if number is None:
+                number = next_outside(skipped, where.first, start - 1)
+            if number is not None:
+                return number
+        return None
+
+    def _is_pending(self, pool: Pool, family: _Family) -> bool:
+        where = pool.candidates
+        with self._changed:
+            return family.pending.count(where.first, where.last) > 0
+
+    def _forbidden_in(self, pool: Pool) -> AddressSet:
+        """What the pool's options, the segment and the hosts' own addresses take out of the pool's range."""
+        settings = self._segment(pool.segment).settings
+        version = (settings.revision, self._hosts_generation)
+        known = self._forbidden.get(pool.id)
+        if known is not None and known[0] == version:
+            return known[1]
+        where = pool.candidates
+        local = self._local(pool.segment)
+        ranges = [
+            *pool.exclude,
+            *local.exclude,
+            *settings.value.ranges(),
+            *(Range(each.version, int(each), int(each)) for each in (*settings.value.routers(), *local.routers)),
+            *(Range(where.version, first, last) for first, last in self._host_numbers[where.version]),
+        ]
+        forbidden = AddressSet(
+            (max(each.first, where.first), min(each.last, where.last))
+            for each in ranges
+            if each.version == where.version and each.first <= where.last and each.last >= where.first
+        )
+        self._forbidden[pool.id] = (version, forbidden)
+        return forbidden
+
+    def counts(self, pool: Pool) -> str:
+        """How the pool's addresses are used, by kind, for a sentence."""
+        where = pool.candidates
+        with self._changed:
+            family = self._segment(pool.segment).families[where.version]
+            forbidden = self._forbidden_in(pool)
+            parts = [
+                f"{count} {kind}"
+                for kind in (*KINDS, UNREADABLE)
+                if (count := family.kinds.get(kind, AddressSet()).count(where.first, where.last))
+            ]
+            excluded = sum(last - first + 1 - family.taken.count(first, last) for first, last in forbidden)
+            if excluded:
+                parts.append(f"{excluded} excluded or a host's own")
+            return f"{where.size()} addresses: {', '.join(parts) or 'all free'}"
+
+    def use(self, segment: str) -> dict[str, int]:
+        """How many leases of each kind a segment has, for metrics."""
+        with self._changed:
+            found: dict[str, int] = {}
+            for family in self._segment(segment).families.values():
+                for kind, numbers in family.kinds.items():
+                    found[kind] = found.get(kind, 0) + len(numbers)
+            return found
+
+    def segment_names(self) -> list[str]:
+        with self._changed:
+            return list(self._segments)
+
+
+_names: dict[str, str] = {}
+
+
+def _interned(name: str) -> str:
+    """One object for each host's name: there are few hosts and many leases."""
+    return _names.setdefault(name, name)
