@@ -52,38 +52,63 @@ def range_of(network: Network) -> Range:
 def parse_address(text: str) -> Address:
     """An address as a person may type it: leading zeros in IPv4 are decimal, any spelling of IPv6 goes.
 
-    Raises ValueError with a sentence. A zone (`%eth0`) is refused: an address here is one of the whole segment.
+    An IPv4 address written as an IPv6 one (`::ffff:10.0.0.5`) is that IPv4 address. A zone (`%eth0`)
+    is refused: an address here is one of the whole segment. Raises ValueError with a sentence.
     """
     text = text.strip()
     if text.count(".") == 3 and ":" not in text:
-        text = ".".join(part.lstrip("0") or "0" if part.isascii() and part.isdigit() else part
-                        for part in text.split("."))
+        text = ".".join(
+            part.lstrip("0") or "0" if part.isascii() and part.isdigit() else part for part in text.split(".")
+        )
     if "%" in text:
-        raise ValueError(f"{text!r} has a zone; write the address without it")
+        raise ValueError(f"{shown(text)} has a zone; write the address without it")
     try:
-        return ipaddress.ip_address(text)
+        address = ipaddress.ip_address(text)
+        return (address.ipv4_mapped if address.version == 6 else None) or address
     except ValueError:
-        raise ValueError(f"{text!r} is not an IPv4 or IPv6 address") from None
+        raise ValueError(f"{shown(text)} is not an IPv4 or IPv6 address") from None
+
+
+_MAPPED = ipaddress.IPv6Network("::ffff:0:0/96")
+
+
+def parse_network(text: str, expected: str = "a subnet such as 192.168.1.0/24") -> Network:
+    """A CIDR without host bits. Raises ValueError with a sentence.
+
+    The standard library would let any text pass as the zone of an IPv6 network, and writes IPv4-mapped addresses
+    one way up to Python 3.12 and another way since: the same address would have two keys.
+    """
+    network = None
+    try:
+        if "/" in text and "%" not in text:
+            network = ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        pass
+    if network is None or (network.version == 6 and network.overlaps(_MAPPED)):
+        raise ValueError(f"{shown(text)} is not {expected}")
+    try:
+        return ipaddress.ip_network(text)
+    except ValueError:
+        raise ValueError(f"{shown(text)} has host bits set; did you mean {network}?") from None
+
+
+def shown(text: str) -> str:
+    """What somebody typed, for a sentence: quoted, of bounded length."""
+    return repr(text if len(text) <= 80 else text[:77] + "...")
 
 
 def parse_range(text: str) -> Range:
     """An address, `FIRST-LAST` or a CIDR. Raises ValueError with a sentence."""
     text = text.strip()
     if "/" in text:
-        try:
-            return range_of(ipaddress.ip_network(text))
-        except ValueError as error:
-            if "host bits" in str(error):
-                network = ipaddress.ip_network(text, strict=False)
-                raise ValueError(f"{text!r} has host bits set; did you mean {network}?") from None
-            raise ValueError(f"{text!r} is not a CIDR such as 192.168.1.0/28") from None
+        return range_of(parse_network(text, "a CIDR such as 192.168.1.0/28"))
     if "-" in text:
         low, _, high = text.partition("-")
         first, last = parse_address(low), parse_address(high)
         if first.version != last.version:
-            raise ValueError(f"{text!r} mixes IPv4 and IPv6")
+            raise ValueError(f"{shown(text)} mixes IPv4 and IPv6")
         if int(first) > int(last):
-            raise ValueError(f"{text!r} ends before it begins")
+            raise ValueError(f"{shown(text)} ends before it begins")
         return Range(first.version, int(first), int(last))
     address = parse_address(text)
     return Range(address.version, int(address), int(address))

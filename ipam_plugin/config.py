@@ -288,9 +288,9 @@ class MetricsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 class LogConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`log`: what the daemon writes to standard error."""
 
-    level: Annotated[
-        Literal["debug", "info", "warning", "error"], _choice("debug", "info", "warning", "error")
-    ] = "info"
+    level: Annotated[Literal["debug", "info", "warning", "error"], _choice("debug", "info", "warning", "error")] = (
+        "info"
+    )
     format: Annotated[Literal["text", "json"], _choice("text", "json")] = "text"
 
 
@@ -486,9 +486,7 @@ def _leaf(leaf: _Leaf, value: object, path: str, problems: list[str]) -> Iterato
             problems.append(f"{path}: expected {leaf.expected}, found {_found(value)}")
             return
         yield [
-            read
-            for index, item in enumerate(value)
-            for read in _leaf(leaf.items, item, f"{path}[{index}]", problems)
+            read for index, item in enumerate(value) for read in _leaf(leaf.items, item, f"{path}[{index}]", problems)
         ]
         return
     try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import ipaddress
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import msgspec
 
@@ -98,16 +98,17 @@ def share(lease: Lease | None, claim: Claim) -> Decision:
     """A gateway that is no Docker host's, or an auxiliary address: several hosts and networks use it at once.
 
     On engines of every version a replayed endpoint looks like an auxiliary address, hence the note in an
-    `endpoint` lease of this host: the next release takes back that note only.
+    `endpoint` lease of this host: the next release takes back that note only. A replay names the same pool; for
+    another one the address is simply a container's, and the release of a note could not be told from its own.
     """
     if lease is None or lease.kind == CONFLICT or (lease.kind in (HELD, STANDBY) and lease.host == claim.host):
         # A conflict is the very machine that the operator now declares.
         holder = Holder(host=claim.host, pool=claim.pool.id)
         return Lease(kind=ROUTER, holders=(holder,), since=claim.now, token=claim.token)
-    if lease.kind == ROUTER:
-        return msgspec.structs.replace(lease, holders=_more(lease.holders, claim))
-    if lease.kind == ENDPOINT and lease.host == claim.host:
-        return msgspec.structs.replace(lease, noted=lease.noted + 1)
+    if lease.kind == ROUTER or (lease.kind == HOST and lease.host == claim.host):
+        return _changed(lease, claim, holders=_more(lease.holders, claim))
+    if lease.kind == ENDPOINT and lease.host == claim.host and lease.pool == claim.pool.id:
+        return _changed(lease, claim, noted=max(0, lease.noted) + 1)
     if lease.kind in (HOST, RESERVED, UNREADABLE):
         return KEEP  # it is taken already, by whom it should be, and no network of Docker's gives it away
     _taken(claim, lease)
@@ -121,10 +122,16 @@ def grant_bridge(lease: Lease | None, claim: Claim, carrier: InterfaceAddress | 
         " or --ipam-opt gateway=router on macvlan and ipvlan"
     )
     if lease is None or (lease.kind in (HELD, STANDBY) and lease.host == claim.host):
-        mine = own_address(claim, carrier) if carrier else Lease(kind=HOST, host=claim.host, since=claim.now)
+        mine = (
+            own_address(claim, carrier)
+            if carrier
+            else Lease(kind=HOST, host=claim.host, pool=claim.pool.id, since=claim.now)
+        )
         return msgspec.structs.replace(mine, token=claim.token, holders=_more((), claim))
     if lease.kind == HOST and lease.host == claim.host:
-        return msgspec.structs.replace(lease, holders=_more(lease.holders, claim))
+        return _changed(lease, claim, holders=_more(lease.holders, claim))
+    if carrier is not None and lease.kind in (RESERVED, UNREADABLE, ROUTER):
+        return KEEP  # as register_own: this host has it on its bridge, and Docker leaves it as it is
     _taken(claim, lease, cure)
 
 
@@ -156,6 +163,14 @@ def register_own(lease: Lease | None, claim: Claim, carrier: InterfaceAddress) -
     )
 
 
+def lost_address(lease: Lease | None, claim: Claim) -> Decision:
+    """No interface of this host carries it any more: the address of a bridge that Docker made for a network that is
+    gone is free. (Engines release it while the bridge still stands.) One that the host had by itself stays."""
+    if lease is None or (lease.kind, lease.host) != (HOST, claim.host) or not lease.pool or lease.holders:
+        return KEEP
+    return FREE
+
+
 def give_back(lease: Lease | None, claim: Claim, token: str, carried: bool, kept_router: bool) -> Decision:
     """ReleaseAddress. Only the lease whose token was known when the request arrived, only what this host holds.
 
@@ -168,10 +183,10 @@ def give_back(lease: Lease | None, claim: Claim, token: str, carried: bool, kept
         rest = _fewer(lease.holders, claim)
         if rest == lease.holders:
             return KEEP
-        return _without(lease, rest, carried, kept_router)
+        return _without(lease, claim, rest, carried, kept_router)
     if lease.kind == ENDPOINT and lease.host == claim.host and lease.pool == claim.pool.id:
-        if lease.noted:
-            return msgspec.structs.replace(lease, noted=lease.noted - 1)
+        if lease.noted > 0:
+            return _changed(lease, claim, noted=lease.noted - 1)
         if carried:
             return Lease(kind=HOST, host=claim.host, mac=lease.mac, since=claim.now, token=claim.token)
         return FREE
@@ -185,14 +200,19 @@ def drop_pool(lease: Lease | None, claim: Claim, carried: bool, kept_router: boo
     rest = tuple(each for each in lease.holders if (each.host, each.pool) != (claim.host, claim.pool.id))
     if rest == lease.holders:
         return KEEP
-    return _without(lease, rest, carried, kept_router)
+    return _without(lease, claim, rest, carried, kept_router)
 
 
-def _without(lease: Lease, rest: tuple[Holder, ...], carried: bool, kept_router: bool) -> Decision:
+def _without(lease: Lease, claim: Claim, rest: tuple[Holder, ...], carried: bool, kept_router: bool) -> Decision:
     kept = carried if lease.kind == HOST else kept_router
     if rest or kept:
-        return msgspec.structs.replace(lease, holders=rest)
+        return _changed(lease, claim, holders=rest)
     return FREE
+
+
+def _changed(lease: Lease, claim: Claim, **changes: Any) -> Lease:
+    """The lease with these changes, unlike any other write: two that count one up at once must not look the same."""
+    return msgspec.structs.replace(lease, **changes, change=claim.token)
 
 
 def _more(holders: tuple[Holder, ...], claim: Claim) -> tuple[Holder, ...]:
@@ -207,11 +227,11 @@ def _more(holders: tuple[Holder, ...], claim: Claim) -> tuple[Holder, ...]:
 
 def _fewer(holders: tuple[Holder, ...], claim: Claim) -> tuple[Holder, ...]:
     mine = (claim.host, claim.pool.id)
-    fewer = (
+    return tuple(
         msgspec.structs.replace(each, count=each.count - 1) if (each.host, each.pool) == mine else each
         for each in holders
+        if (each.host, each.pool) != mine or each.count > 1
     )
-    return tuple(each for each in fewer if each.count > 0)
 
 
 def bridge_address(
@@ -229,6 +249,15 @@ def bridge_address(
     if any(each.interface == pool.interface for each in inside):
         inside = [each for each in inside if each.interface == pool.interface]
     if not inside:
+        # Where no address of a bridge lies in the subnet, Docker takes the bridge's first one, and deletes it.
+        for each in carried:
+            lan = ipaddress.ip_interface(f"{each.address}/{each.prefixlen}").network
+            if each.bridge and lan.version == pool.subnet.version and lan.overlaps(pool.subnet):
+                raise Refused(
+                    f"bridge {each.interface} of host {host} carries {each.address}/{each.prefixlen}, of which"
+                    f" {pool.subnet} is a part: Docker would delete that address from the bridge."
+                    f" Say --subnet {lan} --ip-range {pool.range or pool.subnet}"
+                )
         return None
     bridges = [each for each in inside if each.bridge]
     if not bridges:

@@ -46,7 +46,6 @@ _CHANNEL_OPTIONS = [
     ("grpc.keepalive_permit_without_calls", 0),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.min_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 1000),
     # gRPC shares connections between channels of one process; a connection that hangs must not come back.
     ("grpc.use_local_subchannel_pool", 1),
@@ -380,9 +379,7 @@ class Etcd:
                 outcome = fate(code, error.details() or "")
                 if outcome is Fate.REFUSED or (outcome is Fate.LOGIN and self._settings.username is None):
                     if uncertain:
-                        raise OutcomeUnknown(
-                            f"etcd refused to repeat what may have been written: {reason}"
-                        ) from error
+                        raise OutcomeUnknown(f"etcd refused to repeat what may have been written: {reason}") from error
                     raise EtcdRefused(f"etcd refused ({member.endpoint}): {reason}") from error
                 reasons[member.endpoint] = reason
                 uncertain = uncertain or (sent and outcome is Fate.UNKNOWN)
@@ -411,9 +408,7 @@ class Etcd:
         why = "; ".join(f"{endpoint}: {reason}" for endpoint, reason in reasons.items())
         why = why or ("this client was closed" if self._closed else "no time was left to ask")
         if uncertain:
-            return OutcomeUnknown(
-                f"etcd did not confirm within {round(waited, 1):g} s, it may be written yet ({why})"
-            )
+            return OutcomeUnknown(f"etcd did not confirm within {round(waited, 1):g} s, it may be written yet ({why})")
         return EtcdUnavailable(f"etcd did not answer within {round(waited, 1):g} s ({why})")
 
     # ---- watch
@@ -576,12 +571,16 @@ class _Member:
         with self._lock:
             if self._calls:
                 return self._calls
+            # Also the time limit of a connection attempt. Shorter than that of a call, so that a call to a machine
+            # that is off fails as not connected, hence unsent, and not as unanswered.
+            connect = ("grpc.min_reconnect_backoff_ms", int(750 * self._settings.timeout))
+            options = [*_CHANNEL_OPTIONS, connect]
             if self._secure:
                 ca, certificate, key = self._pems
                 credentials = grpc.ssl_channel_credentials(ca, key, certificate)
-                channel = grpc.secure_channel(self._target, credentials, options=_CHANNEL_OPTIONS)
+                channel = grpc.secure_channel(self._target, credentials, options=options)
             else:
-                channel = grpc.insecure_channel(self._target, options=_CHANNEL_OPTIONS)
+                channel = grpc.insecure_channel(self._target, options=options)
             kv, lease = pb.KVStub(channel), pb.LeaseStub(channel)
 
             def keep_alive(request: Any, timeout: float, metadata: Any) -> Any:

@@ -225,6 +225,7 @@ class Presence:
                 if self._hold_heartbeat(deadline):
                     self._write_record(deadline)
                     register.register_own_addresses(deadline)
+                    register.free_lost_addresses(deadline)
                     self._set_serving(True, "")
                 last_failure = ""
             except IpamError as error:
@@ -234,7 +235,9 @@ class Presence:
                     log.warning("the heartbeat of host %s is not in etcd: %s", self.name, error)
                     last_failure = str(error)
             except OSError as error:
-                log.warning("the interfaces of this host cannot be read: %s", error)
+                if not self._serving:
+                    self._set_serving(False, f"host {self.name} cannot read its interfaces or write its state: {error}")
+                log.warning("host %s cannot read its interfaces or write its state: %s", self.name, error)
             self._wake.wait(REFRESH if self._serving else 0.5)
             self._wake.clear()
 
@@ -268,7 +271,10 @@ class Presence:
         if found is not None and _alive(found) is None:
             who = Predecessor.UNKNOWN
         if who is Predecessor.SELF and self._ttl_lease:
-            return self._may_use_name()
+            if not self._may_use_name():
+                return False
+            self._keep_name()
+            return True
         if who is Predecessor.UNKNOWN:
             self._wait_for_other(found, _alive(found))
             return False
@@ -283,10 +289,13 @@ class Presence:
         self._ttl_lease = lease
         if commit.applied:
             self._blocked_since = 0.0
-            if self._kept_name != self.name:
-                self._state.write("host", self.name)
-                self._kept_name = self.name
+            self._keep_name()
         return commit.applied
+
+    def _keep_name(self) -> None:
+        if self._kept_name != self.name:
+            self._state.write("host", self.name)
+            self._kept_name = self.name
 
     def _wait_for_other(self, found: KeyValue | None, other: Alive | None) -> None:
         now = time.monotonic()
@@ -332,8 +341,7 @@ class Presence:
                 version=__version__,
                 joined=self._joined,
                 addresses=tuple(
-                    HostAddress(str(each.address), each.prefixlen, each.interface, each.mac)
-                    for each in self._carried()
+                    HostAddress(str(each.address), each.prefixlen, each.interface, each.mac) for each in self._carried()
                 ),
                 alarms=tuple(self._alarms),
             )
@@ -347,7 +355,8 @@ class Presence:
         else:
             found = commit.found[key]
             self._view.learn(key, found.value if found else None, found.revision if found else commit.revision)
-            self._wake.set()
+            if self._view.host(self.name)[0] != revision:  # not so when the record cannot be read
+                self._wake.set()
 
 
 def _alive(found: KeyValue | None) -> Alive | None:

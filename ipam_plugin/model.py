@@ -7,7 +7,6 @@ tolerant: a lease key with any value at all means that the address is taken. Wri
 from __future__ import annotations
 
 import datetime
-import ipaddress
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,14 +20,17 @@ from ipam_plugin.addresses import (
     Network,
     Range,
     parse_address,
+    parse_network,
     parse_range,
     range_of,
+    shown,
     usable_range,
 )
 from ipam_plugin.errors import BadRequest, PoolUnknown
 
-NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
-INTERFACE = re.compile(r"[A-Za-z0-9_.:@-]{1,15}")
+# No `..`: names become parts of keys, and nothing that looks like a path shall be one.
+NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
+INTERFACE = re.compile(r"(?!.*\.\.)[A-Za-z0-9_.:@-]{1,15}")
 
 ENDPOINT = "endpoint"  # a container
 HOST = "host"  # an address of a Docker host's own interface, or the address of a bridge that Docker made
@@ -47,9 +49,9 @@ KINDS = (ENDPOINT, HOST, ROUTER, RESERVED, CONFLICT, STANDBY, HELD)
 
 def parse_duration(text: str) -> float:
     """Seconds from `250ms`, `30s`, `10m`, `24h`, `7d` or a plain number. Raises ValueError with a sentence."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?", text.strip())
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ms|s|m|h|d)?", text.strip())
     if not match:
-        raise ValueError(f"{text!r} is not a duration such as 30s, 10m or 24h")
+        raise ValueError(f"{shown(text)} is not a duration such as 30s, 10m or 24h")
     unit = {"ms": 0.001, None: 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
     return float(match[1]) * unit
 
@@ -156,7 +158,7 @@ class Pool:
         except (ValueError, BadRequest):
             pool = None
         if pool is None or pool.id != pool_id:
-            raise PoolUnknown(f"unknown PoolID {_shown(pool_id)}: no RequestPool of this plugin ever answered it")
+            raise PoolUnknown(f"unknown PoolID {shown(pool_id)}: no RequestPool of this plugin ever answered it")
         return pool
 
 
@@ -167,20 +169,15 @@ def looks_hostile(pool_id: str) -> bool:
 
 def _network(option: str, text: str) -> Network:
     try:
-        if "/" not in text:
-            raise ValueError
-        return ipaddress.ip_network(text)
+        return parse_network(text)
     except ValueError as error:
-        if "host bits" in str(error):
-            meant = ipaddress.ip_network(text, strict=False)
-            raise BadRequest(f"{option} {_shown(text)} has host bits set; did you mean {meant}?") from None
-        raise BadRequest(f"{option} {_shown(text)} is not a subnet such as 192.168.1.0/24") from None
+        raise BadRequest(f"{option} {error}") from None
 
 
 def _segment(name: str) -> str:
     if not NAME.fullmatch(name):
         raise BadRequest(
-            f"--ipam-opt segment={_shown(name)}: a segment's name has 1 to 63 letters, digits, '.', '_' or '-'"
+            f"--ipam-opt segment={shown(name)}: a segment's name has 1 to 63 letters, digits, '.', '_' or '-'"
         )
     return name
 
@@ -193,9 +190,9 @@ def _exclude(text: str, subnet: Network) -> tuple[Range, ...]:
         except ValueError as error:
             raise BadRequest(f"--ipam-opt exclude: {error}") from None
         whole = range_of(subnet)
-        if ranges[-1].version != whole.version or not (
-            whole.first <= ranges[-1].first and ranges[-1].last <= whole.last
-        ):
+        if ranges[-1].version != whole.version:
+            ranges.pop()  # the engine sends the options of a dual-stack network with both of its subnets
+        elif not (whole.first <= ranges[-1].first and ranges[-1].last <= whole.last):
             raise BadRequest(f"--ipam-opt exclude: {ranges[-1]} does not lie inside --subnet {subnet}")
     # One spelling for one set of addresses: it becomes part of the PoolID.
     merged = AddressSet((each.first, each.last) for each in ranges)
@@ -204,13 +201,13 @@ def _exclude(text: str, subnet: Network) -> tuple[Range, ...]:
 
 def _one_of(option: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
-        raise BadRequest(f"--ipam-opt {option}={_shown(value)}: expected {' or '.join(choices)}")
+        raise BadRequest(f"--ipam-opt {option}={shown(value)}: expected {' or '.join(choices)}")
     return value
 
 
 def _interface(name: str) -> str:
-    if name and (not INTERFACE.fullmatch(name) or name in (".", "..")):
-        raise BadRequest(f"--ipam-opt interface={_shown(name)} is not the name of a network interface")
+    if name and (not INTERFACE.fullmatch(name) or name == "."):
+        raise BadRequest(f"--ipam-opt interface={shown(name)} is not the name of a network interface")
     return name
 
 
@@ -220,10 +217,6 @@ def _hold(text: str) -> str:
     except ValueError as error:
         raise BadRequest(f"--ipam-opt hold: {error}") from None
     return text.strip()
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 80 else text[:77] + "...")
 
 
 # --------------------------------------------------------------------------------------------- values
@@ -261,6 +254,9 @@ class Lease(msgspec.Struct, frozen=True, omit_defaults=True):
     noted: int = 0  # kind endpoint: how many times an auxiliary address of this host named it
     note: str = ""  # an operator's words
     by: str = ""  # who reserved it
+    # New with every change of a lease that several share: two changes that say the same are still told apart, so
+    # that a write is recognised as this one and no other (the token stays, a release compares it).
+    change: str = ""
 
     def told(self) -> str:
         """Who has it, for a sentence."""
@@ -271,7 +267,7 @@ class Lease(msgspec.Struct, frozen=True, omit_defaults=True):
             return who + (f" (MAC {self.mac})" if self.mac else "") + self._when()
         if self.kind == HOST:
             where = f" ({self.interface}, MAC {self.mac})" if self.mac else ""
-            return f"Docker {who} itself{where}" + self._when()
+            return f"Docker {who or 'host'} itself{where}" + self._when()
         if self.kind == ROUTER:
             users = ", ".join(sorted({holder.host for holder in self.holders}))
             return "a router or auxiliary address" + (f" of host {users}" if users else "") + self._when()
@@ -389,8 +385,13 @@ HISTORY_LENGTH = 5  # holders remembered for one address
 def remember(history: History, lease: Lease, why: str, now: datetime.datetime) -> History:
     """The history with one more holder in it, the oldest forgotten."""
     ended = Tenancy(
-        kind=lease.kind, host=lease.host, mac=lease.mac, container=lease.container,
-        since=lease.since, until=rfc3339(now), why=why,
+        kind=lease.kind,
+        host=lease.host,
+        mac=lease.mac,
+        container=lease.container,
+        since=lease.since,
+        until=rfc3339(now),
+        why=why,
     )
     return History(past=(ended, *history.past)[:HISTORY_LENGTH])
 
@@ -441,7 +442,7 @@ def read_lease(value: bytes) -> Lease:
         lease = decode(value, Lease)
         if lease.kind in KINDS:
             return lease
-        reason = f"kind {_shown(lease.kind)} is unknown"
+        reason = f"kind {shown(lease.kind)} is unknown"
     except ValueError as error:
         reason = str(error)
     start = value[:60].decode("utf-8", "replace")

@@ -110,7 +110,7 @@ def mac_of(request: RequestAddress) -> str:
     mac = (request.Options or {}).get(MAC_LABEL, "")
     if mac and not _MAC.fullmatch(mac):
         raise BadRequest(f"option {MAC_LABEL}: {mac[:40]!r} is not a MAC address")
-    return mac.lower().replace("-", ":")
+    return ":".join(part.zfill(2) for part in mac.lower().replace("-", ":").split(":")) if mac else ""
 
 
 def container_name(request: RequestAddress) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import datetime
 import functools
+import ipaddress
 import logging
 import queue
 import secrets
@@ -423,6 +424,14 @@ class Register:
                     self._own.add(said)
                 except AddressTaken as error:
                     self._alarm("own_address_taken", str(error))
+
+    def free_lost_addresses(self, deadline: float) -> None:
+        """Free the addresses of bridges that Docker took down after it had released them."""
+        carried = {each.address for each in self._carried()}
+        for segment, address in self._view.own_addresses(self._host):
+            if address not in carried:
+                pool = Pool(segment=segment, subnet=ipaddress.ip_network(address))
+                self._change(self._claim(pool, address), decisions.lost_address, deadline, why="bridge removed")
 
     def _is_carried(self, address: Address) -> bool:
         return any(each.address == address for each in self._carried())

@@ -28,7 +28,9 @@ from ipam_plugin.addresses import (
     parse_range,
     range_of,
 )
+from ipam_plugin.errors import Refused
 from ipam_plugin.model import (
+    HOST,
     KINDS,
     UNREADABLE,
     History,
@@ -159,10 +161,17 @@ class _Segment:
 class View:
     """One segment space as seen by one host. All methods may be called from any thread."""
 
-    def __init__(self, keys: Keys, host: str, local: Callable[[str], Local] = lambda segment: Local()) -> None:
+    def __init__(
+        self,
+        keys: Keys,
+        host: str,
+        local: Callable[[str], Local] = lambda segment: Local(),
+        now: Callable[[], float] = time.time,
+    ) -> None:
         self._keys = keys
         self._host = host
         self._local = functools.cache(local)
+        self._now = now  # seconds since the epoch
         self._changed = threading.Condition()
         self._segments: dict[str, _Segment] = {}
         self._hosts: dict[str, tuple[int, Host]] = {}
@@ -181,14 +190,18 @@ class View:
     # ------------------------------------------------------------------------------------ being fed
 
     def reset(self, values: Iterable[tuple[str, bytes, int]], revision: int) -> None:
-        """Everything below the prefix, as (key, value, revision), listed at one revision."""
+        """Everything below the prefix, as (key, value, revision), listed at one revision.
+
+        A revision older than what the view has means that etcd went back to a backup: what the view knew is void.
+        """
         with self._changed:
+            went_back = revision < self.revision
             newer = [
                 (segment, version, number, entry)
                 for segment, each in self._segments.items()
                 for version, family in each.families.items()
                 for number, entry in family.entries.items()
-                if entry.revision > revision
+                if entry.revision > revision and not went_back
             ]
             pending = {
                 (name, version): family.pending
@@ -203,7 +216,7 @@ class View:
             for segment, version, number, entry in newer:  # our own transactions, which the list does not have yet
                 self._segment(segment).families[version].set(number, entry)
             self._read_hosts()
-            self.revision = max(self.revision, revision)
+            self.revision = revision
             self.loaded.set()
             self._changed.notify_all()
         self.on_pools()
@@ -223,9 +236,17 @@ class View:
             self.on_pools()
 
     def learn(self, key: str, value: bytes | None, revision: int) -> None:
-        """What a transaction of this daemon wrote or found. The watch will say it again."""
+        """What a transaction of this daemon wrote or found. The watch will say it again.
+
+        Unless it has said so already, and perhaps what came after: a lease that is gone by now would then come back
+        into the view, and nothing would ever take it out.
+        """
         with self._changed:
+            if revision <= self.revision:
+                return
             self._apply(key, value, revision)
+            if key.startswith(self._keys.hosts):
+                self._read_hosts()
             self._changed.notify_all()
 
     def _apply(self, key: str, value: bytes | None, revision: int) -> None:
@@ -240,6 +261,8 @@ class View:
             self._apply_pool(key, value, revision)
         elif key.startswith(keys.hosts):
             name = key.removeprefix(keys.hosts)
+            if name in self._hosts and revision < self._hosts[name][0]:
+                return
             if value is None:
                 self._hosts.pop(name, None)
                 return
@@ -281,12 +304,16 @@ class View:
             return
         freed = parse_time(past[0].until) if past else None
         if freed is not None:
-            until = freed + self._cooldown(segment)
-            if until > time.time():
+            # Freed by a host whose clock is ahead, it still rests no longer than the cooldown.
+            now = self._now()
+            until = min(freed, now) + self._cooldown(segment)
+            if until > now:
                 self._segment(segment).families[address.version].rest(int(address), until)
 
     def _apply_settings(self, name: str, value: bytes | None, revision: int) -> None:
         segment = self._segment(name)
+        if revision < segment.settings.revision:
+            return
         if value is None:
             segment.settings = NO_SETTINGS
             return
@@ -301,8 +328,12 @@ class View:
 
     def _apply_pool(self, key: str, value: bytes | None, revision: int) -> None:
         pool_id, _, host = key.removeprefix(self._keys.pools).rpartition("/")
+        known = self._pools.get(pool_id, {}).get(host)
+        if known is not None and revision < known[0]:
+            return
         if value is None:
-            self._pools.get(pool_id, {}).pop(host, None)
+            if known is not None:
+                del self._pools[pool_id][host]
             return
         try:
             self._pools.setdefault(pool_id, {})[host] = (revision, decode(value, PoolUse))
@@ -363,6 +394,18 @@ class View:
                 for number in range(max(first, whole.first), min(last, whole.last) + 1)
             ]
 
+    def own_addresses(self, host: str) -> list[tuple[str, Address]]:
+        """The host's leases of kind `host`, as (segment, address)."""
+        with self._changed:
+            return [
+                (name, address_of(version, number))
+                for name, segment in self._segments.items()
+                for version, family in segment.families.items()
+                for first, last in family.kinds.get(HOST, AddressSet())
+                for number in range(first, last + 1)
+                if family.entries[number].host == host
+            ]
+
     def entries_of(self, host: str) -> list[tuple[str, Address, Entry]]:
         """All leases of a host, as (segment, address, entry)."""
         with self._changed:
@@ -382,7 +425,7 @@ class View:
                 if uses:
                     try:
                         pool = Pool.parse(pool_id)
-                    except Exception:
+                    except Refused:
                         self._report(self._keys.pools + pool_id, "is no pool that this version understands")
                         continue
                     found.setdefault(pool.segment, set()).add(pool.subnet)
@@ -430,7 +473,11 @@ class View:
         if address in self.routers(segment):
             return f"it is the router of segment {segment}"
         owner = self.host_with(address)
-        return f"it is Docker host {owner}'s own address" if owner else ""
+        if owner:
+            return f"it is Docker host {owner}'s own address"
+        with self._changed:
+            aliases = self._segment(segment).families[address.version].aliases.get(int(address), {})
+            return next((f"the etcd key {key!a} takes it" for key in aliases), "")
 
     def moves(self, segment: str, address: Address) -> bool:
         """Whether an operator declared that the address moves between machines (keepalived)."""
@@ -439,9 +486,7 @@ class View:
     def wait_for(self, revision: int, deadline: float) -> bool:
         """Until the view has everything up to the revision. False when the deadline (monotonic seconds) passes."""
         with self._changed:
-            return self._changed.wait_for(
-                lambda: self.revision >= revision, max(0.0, deadline - time.monotonic())
-            )
+            return self._changed.wait_for(lambda: self.revision >= revision, max(0.0, deadline - time.monotonic()))
 
     def wait_for_change(self, deadline: float) -> None:
         with self._changed:
@@ -488,7 +533,7 @@ class View:
         where = pool.candidates
         if where.size() < 1:
             return None
-        family.wake(time.time())
+        family.wake(self._now())
         forbidden = self._forbidden_in(pool)
         start = self._cursors.get(pool.id)
         if start is None or not where.first <= start <= where.last:
@@ -541,6 +586,11 @@ class View:
                 for kind in (*KINDS, UNREADABLE)
                 if (count := family.kinds.get(kind, AddressSet()).count(where.first, where.last))
             ]
+            by_hand = sum(
+                where.first <= number <= where.last and number not in family.entries for number in family.aliases
+            )
+            if by_hand:
+                parts.append(f"{by_hand} by a key that spells the address in another way")
             excluded = sum(last - first + 1 - family.taken.count(first, last) for first, last in forbidden)
             if excluded:
                 parts.append(f"{excluded} excluded or a host's own")

@@ -1,0 +1,296 @@
+"""What is measured: an etcd on a real disk, daemons as processes, and a client that speaks like Docker's."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import json
+import random
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import msgspec
+
+from ipam_plugin.etcd import Etcd, EtcdSettings, Put
+from ipam_plugin.model import ENDPOINT, Keys, Lease, Pool, encode
+from tests.etcd_server import EtcdCluster, free_ports, start_process, stop_process, until
+
+from .measure import ROOT
+
+LAN = "198.18.0.0/15"
+"""Where the pools of the benchmarks are: for benchmarks (RFC 2544), so no interface of this machine has it."""
+
+TRANSACTION = 128  # operations, etcd's limit
+
+
+class Docker:
+    """One connection after another to a plugin's socket, as the engine's Go client makes them.
+
+    It keeps a connection for as long as the plugin lets it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = str(path)
+        self._connection: socket.socket | None = None
+        self._number = random.Random(str(path)).getrandbits(24) << 16
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def call(self, method: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """The status and the answer. Raises OSError when nobody answers."""
+        status, answer = self.exchange(request_bytes(method, body))
+        return status, json.loads(answer)
+
+    def exchange(self, request: bytes) -> tuple[int, bytes]:
+        if self._connection is None:
+            self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self._connection.settimeout(60)
+            try:
+                self._connection.connect(self._path)
+            except OSError:
+                self.close()
+                raise
+        self._connection.sendall(request)
+        received = b""
+        while True:
+            head, separator, answer = received.partition(b"\r\n\r\n")
+            if separator:
+                told = head.lower()
+                length = int(told.partition(b"\r\ncontent-length:")[2].partition(b"\r\n")[0])
+                if len(answer) >= length:
+                    break
+            more = self._connection.recv(65536)
+            if not more:
+                raise ConnectionResetError(f"{self._path} closed the connection before its answer")
+            received += more
+        if b"\r\nconnection: close" in told:
+            self.close()
+        return int(head.split(None, 2)[1]), answer
+
+    def request_pool(self, subnet: str, **options: str) -> str:
+        """The PoolID."""
+        asked = {
+            "AddressSpace": "ipam-plugin-local",
+            "Pool": subnet,
+            "SubPool": "",
+            "Options": options or None,
+            "V6": False,
+        }
+        status, answer = self.call("IpamDriver.RequestPool", asked)
+        assert status == 200, answer
+        return str(answer["PoolID"])
+
+    def request_address(self, pool_id: str) -> str:
+        """An address for a container, with a MAC, as engines up to 28 ask."""
+        status, answer = self.exchange(self.address_request(pool_id))
+        assert status == 200, answer
+        return str(json.loads(answer)["Address"])
+
+    def address_request(self, pool_id: str) -> bytes:
+        self._number += 1
+        mac = ":".join(f"{octet:02x}" for octet in (2, *self._number.to_bytes(5)))
+        options = {"com.docker.network.endpoint.macaddress": mac}
+        return request_bytes("IpamDriver.RequestAddress", {"PoolID": pool_id, "Address": "", "Options": options})
+
+
+def request_bytes(method: str, body: dict[str, Any]) -> bytes:
+    content = msgspec.json.encode(body) + b"\n"
+    head = (
+        f"POST /{method} HTTP/1.1\r\nHost: \r\nUser-Agent: Go-http-client/1.1\r\nContent-Length: {len(content)}\r\n"
+        "Accept: application/vnd.docker.plugins.v1.2+json\r\nAccept-Encoding: gzip\r\n\r\n"
+    )
+    return head.encode() + content
+
+
+class Stage:
+    """A directory on the disk that is measured, one etcd member there, and what was started. A context manager."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="ipam-bench-", dir=directory))
+        self._open = contextlib.ExitStack()
+        self._open.callback(self._remove)
+        self._count = 0
+        try:
+            tempfile.tempdir = str(self.directory)  # where EtcdCluster puts its data
+            self.etcd = self._open.enter_context(EtcdCluster())
+            self.client = Etcd(self.settings)
+            self._open.callback(self.client.close)
+        except BaseException:
+            self._open.close()
+            raise
+
+    def __enter__(self) -> Stage:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._open.close()
+
+    def _remove(self) -> None:
+        tempfile.tempdir = None
+        subprocess.run(["rm", "-rf", str(self.directory)], check=False, timeout=120)
+
+    @property
+    def settings(self) -> EtcdSettings:
+        return self.etcd.settings()
+
+    def fresh_keys(self) -> Keys:
+        """A key prefix that nothing else uses."""
+        self._count += 1
+        return Keys(f"/bench-{self._count}/v1/")
+
+    @contextlib.contextmanager
+    def daemons(self, count: int, keys: Keys) -> Iterator[list[Daemon]]:
+        """Daemons of as many hosts, all serving; ended on the way out."""
+        started = [self.daemon(keys) for _ in range(count)]
+        try:
+            for each in started:
+                each.start()
+            for each in started:
+                each.wait_until_serving()
+            yield started
+        finally:
+            for each in started:
+                each.kill()
+
+    def daemon(self, keys: Keys) -> Daemon:
+        """One that is not started yet."""
+        self._count += 1
+        return Daemon(self.directory / f"d{self._count}", f"bench-{self._count}", keys, self.etcd.endpoints)
+
+    def write(self, puts: list[Put]) -> None:
+        for begin in range(0, len(puts), TRANSACTION):
+            self.client.commit({}, puts[begin : begin + TRANSACTION], deadline=time.monotonic() + 30)
+
+    def fill(self, keys: Keys, subnet: str, count: int, host: str = "elsewhere") -> None:
+        """So many leases of another host's containers, at addresses drawn from the whole subnet."""
+        pool = Pool.make(subnet, "", {}, "default")
+        where = pool.candidates
+        numbers = random.Random(subnet).sample(range(where.first, where.last + 1), count)
+        self.write([Put(keys.lease("default", ipaddress.ip_address(each)), lease(pool, each, host)) for each in numbers])
+
+
+def lease(pool: Pool, number: int, host: str) -> bytes:
+    """A value as the daemon writes it for a container."""
+    mac = ":".join(f"{octet:02x}" for octet in (2, 66, *number.to_bytes(4)))
+    return encode(
+        Lease(
+            kind=ENDPOINT,
+            host=host,
+            mac=mac,
+            pool=pool.id,
+            since="2026-01-01T00:00:00.000Z",
+            token=secrets.token_urlsafe(12),
+        )
+    )
+
+
+class Daemon:
+    """`ipam-plugin serve` as a process of its own, for one host, probing off, all else as it is installed."""
+
+    def __init__(self, directory: Path, name: str, keys: Keys, endpoints: tuple[str, ...]) -> None:
+        directory.mkdir()
+        self.name = name
+        self.socket = directory / "s"
+        self.log = directory / "log"
+        self.docker = Docker(self.socket)
+        self._directory = directory
+        self._keys = keys
+        self._endpoints = endpoints
+        self._metrics_port = 0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Return at once."""
+        (self._metrics_port,) = free_ports(1)
+        config = {
+            "host": self.name,
+            "socket": str(self.socket),
+            "state_dir": str(self._directory / "state"),
+            "prefix": self._keys.prefix,
+            "etcd": {"endpoints": list(self._endpoints)},
+            "probe": "off",
+            "docker": {"reconcile": False},
+            "metrics": {"listen": f"127.0.0.1:{self._metrics_port}"},
+        }
+        file = self._directory / "config.yaml"
+        file.write_text(json.dumps(config))  # JSON is YAML
+        command = [sys.executable, "-m", "ipam_plugin", "serve", "--config", str(file)]
+        self._process = start_process(command, self.log, cwd=ROOT)
+
+    def wait_until_serving(self) -> None:
+        until(lambda: self._running() and "ipam_plugin_serving 1" in self._metrics(), f"{self.name} serves", 90)
+
+    def _running(self) -> bool:
+        assert self._process is not None
+        if self._process.poll() is not None:
+            raise AssertionError(f"daemon {self.name} ended:\n{self.log.read_text()[-3000:]}")
+        return True
+
+    def stop(self) -> None:
+        """As systemd stops it."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGTERM)
+            self._process.wait(30)
+        self.kill()
+
+    def kill(self) -> None:
+        self.docker.close()
+        if self._process is not None:
+            stop_process(self._process)
+            self._process = None
+
+    def first_address(self, pool_id: str) -> str:
+        """Ask from the moment there is a socket; the daemon lets the request wait until it can be served."""
+        deadline = time.monotonic() + 60
+        while True:
+            self._running()
+            try:
+                return self.docker.request_address(pool_id)
+            except (FileNotFoundError, ConnectionRefusedError):
+                assert time.monotonic() < deadline, f"{self.name} does not listen"
+                time.sleep(0.002)
+
+    def counter(self, name: str, *labels: str) -> float:
+        """The sum of a metric's samples whose labels contain one of `labels`."""
+        return sum(
+            float(line.rsplit(None, 1)[1])
+            for line in self._metrics().splitlines()
+            if line.startswith(f"{name}{{") and any(f'"{each}"' in line for each in labels)
+        )
+
+    def _metrics(self) -> str:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self._metrics_port}/metrics", timeout=10) as answer:
+                return str(answer.read().decode())
+        except OSError:
+            return ""
+
+    def memory(self) -> tuple[float, float]:
+        """Megabytes of master and worker: what they use, shared pages divided among all who map them (PSS), and what
+        they would use if nobody else mapped anything of theirs.
+        """
+        assert self._process is not None
+        master = self._process.pid
+        children = Path(f"/proc/{master}/task/{master}/children").read_text().split()
+        usage = [_rollup(pid) for pid in (str(master), *children)]
+        alone = usage[0]["Private_Clean"] + usage[0]["Private_Dirty"] + sum(each["Rss"] for each in usage[1:])
+        return sum(each["Pss"] for each in usage) / 1024, alone / 1024
+
+
+def _rollup(pid: str) -> dict[str, int]:
+    """Kilobytes by kind (proc(5), smaps_rollup)."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    return {line.split(":")[0]: int(line.split()[1]) for line in lines}

@@ -1,0 +1,248 @@
+"""Docker hosts in one process: a real View, Register and Flask app each, on one FakeEtcd that they share.
+
+    with Lan() as lan:
+        a = lan.host("a", bridge("192.168.1.11/24"))
+        pool = a.create("192.168.1.0/24")
+        a.run(pool)
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import itertools
+import json
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from fakes import FakeEtcd
+from ipam_plugin.addresses import parse_address
+from ipam_plugin.app import create_app
+from ipam_plugin.etcd import Delete, Put
+from ipam_plugin.interfaces import InterfaceAddress
+from ipam_plugin.metrics import Metrics
+from ipam_plugin.model import Keys, Lease, decode
+from ipam_plugin.register import Register
+from ipam_plugin.view import Local, View
+
+PATIENCE = 10.0  # seconds after which a condition that should have come counts as missing
+GATEWAY = {"RequestAddressType": "com.docker.network.gateway"}
+MAC = "com.docker.network.endpoint.macaddress"
+NAME = "com.docker.network.endpoint.name"
+KEYS = Keys()
+SUBNET = "192.168.1.0/24"
+
+_macs = itertools.count(1)
+
+
+def until(condition: Callable[[], object], what: str = "the condition") -> None:
+    """Wait for a condition, with a deadline."""
+    end = time.monotonic() + PATIENCE
+    pause = threading.Event()
+    while not condition():
+        assert time.monotonic() < end, f"{what} did not come within {PATIENCE} s"
+        pause.wait(0.002)
+
+
+def bridge(cidr: str, interface: str = "br0", mac: str = "02:00:00:00:00:01", **more: bool) -> InterfaceAddress:
+    """An address on a bridge, as interfaces.py would report it."""
+    parsed = ipaddress.ip_interface(cidr)
+    return InterfaceAddress(parsed.ip, parsed.network.prefixlen, interface, mac, bridge=True, up=True, **more)
+
+
+def nic(cidr: str, interface: str = "eth0", mac: str = "02:00:00:00:00:02") -> InterfaceAddress:
+    """An address on an interface that is no bridge."""
+    parsed = ipaddress.ip_interface(cidr)
+    return InterfaceAddress(parsed.ip, parsed.network.prefixlen, interface, mac, bridge=False, up=True)
+
+
+class Reply(NamedTuple):
+    status: int
+    body: dict[str, Any]
+
+    @property
+    def error(self) -> str:
+        """The refusal. Fails unless this is one as Docker must see it: status, `Err` and `Error`, one line."""
+        assert self.status != 200, self
+        assert self.body["Err"] == self.body["Error"] != ""
+        assert self.body["Err"].isprintable()
+        assert len(self.body["Err"]) <= 1000
+        return str(self.body["Err"])
+
+    @property
+    def ok(self) -> dict[str, Any]:
+        assert self.status == 200, self
+        return self.body
+
+
+class Host:
+    """One Docker host's daemon, without its process."""
+
+    def __init__(
+        self,
+        etcd: FakeEtcd,
+        name: str,
+        *carried: InterfaceAddress,
+        segment: str = "default",
+        local: Callable[[str], Local] = lambda segment: Local(cooldown=0.0),
+        time_limit: float = PATIENCE,
+    ) -> None:
+        self.etcd = etcd
+        self.name = name
+        self.carried = list(carried)
+        self.alarms: list[tuple[str, str]] = []
+        self.view = View(KEYS, name, local)
+        self.register = Register(
+            etcd,
+            self.view,
+            KEYS,
+            name,
+            default_segment=segment,
+            carried=lambda: list(self.carried),
+            alarm=lambda kind, text: self.alarms.append((kind, text)),
+        )
+        self.metrics = Metrics()
+        self.app = create_app(self.register, self._serving, time_limit=time_limit, metrics=self.metrics)
+        self._stop = threading.Event()
+        self._gate = threading.Event()
+        self._gate.set()
+        self._threads = [threading.Thread(target=self._watch, name=f"watch of {name}", daemon=True)]
+        self._threads[0].start()
+
+    def _serving(self, deadline: float) -> None:
+        assert self.view.loaded.wait(max(0.0, deadline - time.monotonic()))
+
+    def _watch(self) -> None:
+        def reset(values: Any, revision: int) -> None:
+            self._wait_for_gate()
+            self.view.reset(((each.key, each.value, each.revision) for each in values), revision)
+
+        def events(changes: Any, revision: int) -> None:
+            self._wait_for_gate()
+            self.view.apply(changes, revision)
+
+        self.etcd.watch(KEYS.prefix, reset, events, self._stop)
+
+    def _wait_for_gate(self) -> None:
+        while not self._gate.wait(0.05) and not self._stop.is_set():
+            pass
+
+    def hold_watch(self) -> None:
+        """From now on this host hears nothing of what the others write."""
+        self.catch_up()
+        self._gate.clear()
+
+    def release_watch(self) -> None:
+        self._gate.set()
+
+    def free_orphans(self) -> None:
+        """Start the thread that takes back what refused requests left behind."""
+        self._threads.append(
+            threading.Thread(target=self.register.free_orphans, args=(self._stop,), name=f"orphans of {self.name}")
+        )
+        self._threads[-1].start()
+
+    def catch_up(self) -> None:
+        """Until the view has all that is in etcd now."""
+        assert self.view.loaded.wait(PATIENCE)
+        if self._gate.is_set() and not self.etcd.down:
+            assert self.view.wait_for(self.etcd.snapshot().revision, time.monotonic() + PATIENCE)
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._gate.set()
+        self.register.stop_freeing_orphans()
+        self.etcd.set_down(self.etcd.down)  # wakes the watch
+        for each in self._threads:
+            each.join(PATIENCE)
+            assert not each.is_alive(), f"thread {each.name} does not end"
+
+    # ---- what Docker says
+
+    def post(self, path: str, body: bytes = b"", headers: dict[str, str] | None = None) -> Reply:
+        answer = self.app.test_client().post(path, data=body, headers=headers)
+        return Reply(answer.status_code, json.loads(answer.data))
+
+    def call(self, method: str, **fields: Any) -> Reply:
+        """One call of the engine, after the view has seen what others did before it."""
+        self.catch_up()
+        return self.post(f"/IpamDriver.{method}", json.dumps(fields).encode() + b"\n")
+
+    def request_pool(self, subnet: str = SUBNET, ip_range: str = "", v6: bool = False, **options: str) -> Reply:
+        return self.call("RequestPool", AddressSpace="L", Pool=subnet, SubPool=ip_range, Options=options, V6=v6)
+
+    def create(self, subnet: str = SUBNET, ip_range: str = "", **options: str) -> str:
+        """A pool that must be granted: its PoolID."""
+        return str(self.request_pool(subnet, ip_range, v6=":" in subnet, **options).ok["PoolID"])
+
+    def gateway(self, pool: str, address: str = "") -> Reply:
+        return self.call("RequestAddress", PoolID=pool, Address=address, Options=GATEWAY)
+
+    def auxiliary(self, pool: str, address: str) -> Reply:
+        return self.call("RequestAddress", PoolID=pool, Address=address, Options=None)
+
+    def endpoint(self, pool: str, address: str = "", **options: str) -> Reply:
+        number = next(_macs)
+        mac = f"02:42:{number >> 24 & 255:02x}:{number >> 16 & 255:02x}:{number >> 8 & 255:02x}:{number & 255:02x}"
+        return self.call("RequestAddress", PoolID=pool, Address=address, Options={MAC: mac, **options})
+
+    def run(self, pool: str, address: str = "") -> str:
+        """A container that must start: its address without the prefix length."""
+        return str(self.endpoint(pool, address).ok["Address"]).partition("/")[0]
+
+    def release(self, pool: str, address: str) -> Reply:
+        return self.call("ReleaseAddress", PoolID=pool, Address=address)
+
+    def release_pool(self, pool: str) -> Reply:
+        return self.call("ReleasePool", PoolID=pool)
+
+
+class Lan:
+    """An etcd and the hosts that share it. On leaving, every thread has ended."""
+
+    def __init__(self, etcd: FakeEtcd | None = None) -> None:
+        self.etcd = etcd or FakeEtcd()
+        self.hosts: list[Host] = []
+
+    def __enter__(self) -> Lan:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for each in self.hosts:
+            each.stop()
+
+    def host(self, name: str, *carried: InterfaceAddress, **more: Any) -> Host:
+        self.hosts.append(Host(self.etcd, name, *carried, **more))
+        return self.hosts[-1]
+
+    # ---- what stands in etcd
+
+    def put(self, key: str, value: bytes | str) -> None:
+        """As with etcdctl."""
+        raw = value.encode() if isinstance(value, str) else value
+        self.etcd.commit({}, [Put(key, raw)], deadline=time.monotonic() + PATIENCE)
+
+    def delete(self, key: str) -> None:
+        self.etcd.commit({}, [Delete(key)], deadline=time.monotonic() + PATIENCE)
+
+    def keys(self) -> dict[str, bytes]:
+        return {key: kv.value for key, kv in self.etcd.snapshot().keys.items()}
+
+    def leases(self, segment: str = "default") -> dict[str, Lease]:
+        """All leases that can be read, by address."""
+        prefix = f"{KEYS.leases}{segment}/"
+        return {
+            key.removeprefix(prefix): decode(value, Lease)
+            for key, value in self.keys().items()
+            if key.startswith(prefix)
+        }
+
+    def lease(self, address: str, segment: str = "default") -> Lease | None:
+        return self.leases(segment).get(str(parse_address(address)))
+
+    def of_kind(self, kind: str) -> list[str]:
+        return sorted(address for address, lease in self.leases().items() if lease.kind == kind)

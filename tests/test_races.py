@@ -1,0 +1,476 @@
+"""Many hosts want the addresses of one pool at once, also while etcd fails: nobody gets what another one has (P1).
+
+Real daemon processes and a real etcd; the requests are made as an engine makes them. What every client was told is
+kept as a history, which history.violations judges together with what stands in etcd at the end. The same workload
+with a store that checks and then writes has to be caught, or it proves nothing.
+"""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import itertools
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from conftest import RealEtcd, missing
+from daemons import COMMAND, DaemonProcess, NotSent, Reply, fleet
+from etcd_server import ETCD, EtcdCluster, until
+from history import Operation, Outcome, violations
+from ipam_plugin.etcd import Etcd
+from ipam_plugin.model import read_lease
+
+pytestmark = pytest.mark.etcd
+
+HOSTS = 8
+REQUESTS = 512
+ADDRESSES = 500
+MARGIN = 1.0  # seconds that an answer may come after the deadline, for a loaded machine and this test's own threads
+
+
+def pool_of_500(network: int) -> tuple[str, dict[str, str]]:
+    """A /23 has 510 usable addresses; ten are excluded."""
+    subnet = ipaddress.IPv4Network((f"198.18.{2 * network}.0", 23))
+    return str(subnet), {"exclude": f"{subnet[100]}-{subnet[109]}"}
+
+
+# ---- the workload
+
+
+@dataclass
+class Recorder:
+    """What every client was told."""
+
+    operations: list[Operation] = field(default_factory=list)
+    replies: list[Reply] = field(default_factory=list)
+    answered: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+
+    def grant(self, daemon: DaemonProcess, pool: str, holder: str, address: str = "") -> str:
+        """Ask for an address; '' when none was given. The holder is the MAC."""
+        began = time.monotonic()
+        try:
+            reply = daemon.request_address(pool, holder, address)
+        except NotSent:
+            self._note(Operation("grant", holder, began, time.monotonic(), Outcome.REFUSED))
+        except (OSError, http.client.HTTPException):
+            self._note(Operation("grant", holder, began, time.monotonic(), Outcome.UNKNOWN))
+        else:
+            given = reply.body["Address"].partition("/")[0] if reply.ok else ""
+            # A grant that is refused is refused: what may still appear of it is the daemon's to take back (P4).
+            outcome = Outcome.OK if reply.ok else Outcome.REFUSED
+            self._note(Operation("grant", holder, began, time.monotonic(), outcome, given), reply)
+            return given
+        return ""
+
+    def release(self, daemon: DaemonProcess, pool: str, holder: str, address: str) -> bool:
+        began = time.monotonic()
+        outcome, reply = Outcome.UNKNOWN, None
+        try:
+            reply = daemon.release_address(pool, address)
+        except NotSent:
+            outcome = Outcome.REFUSED
+        except (OSError, http.client.HTTPException):
+            pass
+        else:
+            # "etcd did not confirm" may have happened; only what is acknowledged is certain.
+            outcome = Outcome.OK if reply.ok else Outcome.UNKNOWN
+        self._note(Operation("release", holder, began, time.monotonic(), outcome, address), reply)
+        return outcome is Outcome.OK
+
+    def _note(self, operation: Operation, reply: Reply | None = None) -> None:
+        self.operations.append(operation)
+        if reply is not None:
+            self.replies.append(reply)
+        self.answered.release()
+
+    def wait_answered(self, count: int, seconds: float = 60.0) -> None:
+        """Until so many more have been answered."""
+        deadline = time.monotonic() + seconds
+        for _ in range(count):
+            assert self.answered.acquire(timeout=max(0.0, deadline - time.monotonic())), "no answers any more"
+
+    @property
+    def given(self) -> list[str]:
+        return [each.address for each in self.operations if each.what == "grant" and each.outcome is Outcome.OK]
+
+    @property
+    def errors(self) -> list[str]:
+        return [each.error for each in self.replies if not each.ok]
+
+    @property
+    def longest(self) -> float:
+        return max(each.ended - each.began for each in self.operations)
+
+
+_macs = (f"02:00:00:{number >> 16 & 255:02x}:{number >> 8 & 255:02x}:{number & 255:02x}" for number in itertools.count())
+
+
+def ask_all(
+    askers: Sequence[tuple[DaemonProcess, str]],
+    requests: int,
+    during: Callable[[Recorder], None] = lambda recorder: None,
+    addresses: Sequence[str] = ("",),
+) -> tuple[Recorder, float]:
+    """So many requests at the same moment, dealt out to the (daemon, PoolID)s in turn. Also: seconds until the last."""
+    recorder = Recorder()
+    start = threading.Barrier(requests + 1)
+    holders = list(itertools.islice(_macs, requests))
+
+    def one(number: int) -> None:
+        daemon, pool = askers[number % len(askers)]
+        start.wait(60)
+        recorder.grant(daemon, pool, holders[number], addresses[number // len(askers) % len(addresses)])
+
+    with ThreadPoolExecutor(requests) as threads:
+        futures = [threads.submit(one, number) for number in range(requests)]
+        start.wait(60)
+        began = time.monotonic()
+        during(recorder)
+        for future in futures:
+            future.result(timeout=60)
+    return recorder, max(each.ended for each in recorder.operations) - began
+
+
+def fill(
+    daemons: Sequence[DaemonProcess], network: int, during: Callable[[Recorder], None] = lambda recorder: None
+) -> tuple[Recorder, float]:
+    """512 requests for a pool of exactly 500, from all hosts."""
+    subnet, options = pool_of_500(network)
+    pools = [daemon.pool(subnet, **options) for daemon in daemons]
+    assert len(set(pools)) == 1
+    return ask_all([(daemon, pools[0]) for daemon in daemons], REQUESTS, during)
+
+
+def holders(client: Etcd, prefix: str, subnet: str = "0.0.0.0/0") -> dict[str, str]:
+    """The containers' leases that lie in the subnet: address -> MAC."""
+    found, _ = client.list(f"{prefix}leases/", deadline=time.monotonic() + 20)
+    leases = {each.key.rpartition("/")[2]: read_lease(each.value) for each in found}
+    inside = ipaddress.ip_network(subnet)
+    return {
+        address: lease.mac
+        for address, lease in leases.items()
+        if lease.kind == "endpoint" and ipaddress.ip_address(address) in inside
+    }
+
+
+def judge(
+    recorder: Recorder, client: Etcd, prefix: str, subnet: str, *, healing: float = 20.0, steady: float = 0.0
+) -> list[str]:
+    """The violations that remain when what etcd holds has come to rest.
+
+    Leases of refused requests are taken back within `healing` seconds. `steady`: etcd has to agree for so long
+    without a break, where a write that waits in a member may come late.
+    """
+    end = time.monotonic() + healing
+    good_since = None
+    while True:
+        found = violations(recorder.operations, holders(client, prefix, subnet))
+        now = time.monotonic()
+        good_since = (good_since or now) if not found else None
+        if (good_since is not None and now - good_since >= steady) or (found and now > end):
+            return found
+        time.sleep(0.1)
+
+
+def report(
+    name: str, record_property: Callable[[str, object], None], recorder: Recorder, seconds: float,
+    daemons: Sequence[DaemonProcess],
+) -> None:  # fmt: skip
+    """The numbers of this run, for `pytest -rP` and for JUnit files."""
+    given = max(1, len(recorder.given))
+    numbers = {
+        "seconds": round(seconds, 2),
+        "longest request, s": round(recorder.longest, 2),
+        "given": len(recorder.given),
+        "grant transactions per address": round(_metric(daemons, 'transactions_total{purpose="grant"}') / given, 3),
+        "all transactions per address": round(_metric(daemons, "transactions_total") / given, 3),
+        "lost races": int(_metric(daemons, "lost_races_total", "ipam_plugin_")),
+        "leases taken back": sum(daemon.text().count("appeared and was taken back") for daemon in daemons),
+    }
+    print(f"{name}: {numbers}")
+    for what, number in numbers.items():
+        record_property(what, number)
+
+
+def _metric(daemons: Sequence[DaemonProcess], name: str, start: str = "ipam_plugin_etcd_") -> float:
+    name = start + name
+    return sum(
+        float(line.rpartition(" ")[2])
+        for daemon in daemons
+        for line in daemon.metrics().splitlines()
+        if line.startswith((f"{name} ", name if name.endswith("}") else f"{name}{{"))
+    )
+
+
+# ---- one etcd
+
+
+@pytest.fixture(scope="module")
+def module_tmp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("races")
+
+
+@pytest.fixture
+def eight(etcd: RealEtcd, tmp_path: Path) -> Iterator[list[DaemonProcess]]:
+    """Eight hosts on the shared etcd."""
+    with fleet(tmp_path, etcd.settings.endpoints, HOSTS, prefix=etcd.prefix, metrics=True) as daemons:
+        yield daemons
+
+
+def test_a_pool_of_500_serves_500_of_512_requests_from_eight_hosts(
+    eight: list[DaemonProcess], etcd: RealEtcd, record_property: Callable[[str, object], None]
+) -> None:
+    """P1: exactly as many different addresses as there are, and the others are told that it is full, with counts."""
+    subnet, _ = pool_of_500(0)
+    recorder, seconds = fill(eight, 0)
+    report("one etcd", record_property, recorder, seconds, eight)
+    assert len(recorder.operations) == REQUESTS
+    assert len(recorder.given) == len(set(recorder.given)) == ADDRESSES
+    assert judge(recorder, etcd.client, etcd.prefix, subnet) == []
+    assert len(recorder.errors) == REQUESTS - ADDRESSES
+    for sentence in recorder.errors:
+        assert "is full: 510 addresses: 500 endpoint, 10 excluded" in sentence
+    assert recorder.longest < eight[0].deadline + MARGIN
+
+    # Every request that finds the pool full has to know that its view has missed nothing; all at once, they still do.
+    late, seconds = ask_all([(daemon, daemon.pool(subnet, **pool_of_500(0)[1])) for daemon in eight], 256)
+    print(f"256 requests at once for the full pool: {seconds:.2f} s")
+    assert late.given == []
+    assert all("is full" in sentence for sentence in late.errors)
+    assert late.longest < eight[0].deadline + MARGIN
+
+
+#: A daemon whose store reads and compares, and then writes. The pause between the two stands for the time that a
+#: transaction spends on the way; without it the mistake is the same, only rarer.
+CHECKS_THEN_WRITES = (
+    sys.executable,
+    "-c",
+    "import fakes, ipam_plugin.daemon, ipam_plugin.cli\n"
+    "fakes.CheckThenWriteEtcd.gap = 0.03\n"
+    "ipam_plugin.daemon.Etcd = fakes.CheckThenWriteEtcd\n"
+    "ipam_plugin.cli.main()",
+)
+
+
+def test_a_store_that_checks_and_then_writes_is_caught(etcd: RealEtcd, tmp_path: Path) -> None:
+    """The very same workload and checker fail when the guard is a check followed by a write: so they can fail."""
+    subnet, _ = pool_of_500(0)
+    with fleet(tmp_path, etcd.settings.endpoints, HOSTS, prefix=etcd.prefix, command=CHECKS_THEN_WRITES) as daemons:
+        recorder, _ = fill(daemons, 0)
+        found = judge(recorder, etcd.client, etcd.prefix, subnet, healing=1.0)
+    print(f"{len(found)} violations, such as: {found[:2]}")
+    assert any("had two holders" in sentence for sentence in found)
+    assert len(set(recorder.given)) < len(recorder.given)
+
+
+def test_overlapping_pools_of_one_segment_never_give_one_address_twice(etcd: RealEtcd, tmp_path: Path) -> None:
+    """The lease key has no subnet in it: a /16 on one host and a /24 inside it on another share their addresses."""
+    with fleet(tmp_path, etcd.settings.endpoints, 2, prefix=etcd.prefix) as (wide, narrow):
+        # The /16 is narrowed to the same 128 addresses, so that the two meet all the time.
+        pools = [(wide, wide.pool("198.18.0.0/16", "198.18.7.0/25")), (narrow, narrow.pool("198.18.7.0/25"))]
+        recorder, _ = ask_all(pools, 280)
+        assert judge(recorder, etcd.client, etcd.prefix, "198.18.7.0/25") == []
+        everything = {str(address) for address in ipaddress.ip_network("198.18.7.0/25")}
+        assert len(recorder.given) == len(everything)
+        assert set(recorder.given) == everything  # in the /16 also .0 and .127 are a machine's
+        assert all("is full" in sentence for sentence in recorder.errors)
+
+        # And by --ip: both ask for the same addresses at the same time.
+        pools = [(wide, wide.pool("198.18.0.0/16")), (narrow, narrow.pool("198.18.9.0/24"))]
+        wanted = [f"198.18.9.{number}" for number in range(1, 61)]
+        recorder, _ = ask_all(pools, 2 * len(wanted), addresses=wanted)
+        assert judge(recorder, etcd.client, etcd.prefix, "198.18.9.0/24") == []
+        assert sorted(recorder.given) == sorted(wanted)
+        assert len(recorder.errors) == len(wanted)
+        for sentence in recorder.errors:
+            assert "is taken: a container on host h" in sentence
+
+
+# ---- three members, one of which fails
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[EtcdCluster]:
+    if ETCD is None:
+        missing("etcd", "there is no etcd binary")
+    with EtcdCluster(3) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def three_client(three: EtcdCluster) -> Iterator[Etcd]:
+    client = Etcd(three.settings())
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="module")
+def eight_on_three(three: EtcdCluster, module_tmp: Path) -> Iterator[list[DaemonProcess]]:
+    """Eight hosts, each of which names another member first, so that some of them talk to the leader."""
+    with fleet(module_tmp, three.endpoints, HOSTS, prefix="/races/", metrics=True) as daemons:
+        yield daemons
+
+
+def test_killing_the_leader_costs_no_address_and_gives_none_twice(
+    three: EtcdCluster,
+    three_client: Etcd,
+    eight_on_three: list[DaemonProcess],
+    record_property: Callable[[str, object], None],
+) -> None:
+    """P1, P4, P6: kill -9 of etcd's leader in the middle of 512 requests. Each is answered in its deadline."""
+    leader = three.leader()
+
+    def kill_the_leader(recorder: Recorder) -> None:
+        recorder.wait_answered(50)
+        leader.kill()
+
+    recorder, seconds = fill(eight_on_three, 1, kill_the_leader)
+    try:
+        assert_all_kept(recorder, three_client, pool_of_500(1)[0])
+    finally:
+        leader.start()
+        three.wait_ready()
+    report("leader killed", record_property, recorder, seconds, eight_on_three)
+    assert_all_kept(recorder, three_client, pool_of_500(1)[0])
+
+
+def test_a_leader_that_is_paused_and_woken_changes_nothing_that_was_said(
+    three: EtcdCluster,
+    three_client: Etcd,
+    eight_on_three: list[DaemonProcess],
+    record_property: Callable[[str, object], None],
+) -> None:
+    """P4: what waits in a paused leader may be written when it wakes; then it is taken back, and nothing is lost."""
+    three.wait_ready()
+    leader = three.leader()
+
+    def pause_the_leader(recorder: Recorder) -> None:
+        recorder.wait_answered(50)
+        leader.pause()
+        time.sleep(15)  # how long it is paused is what the test is about
+        leader.resume()
+
+    try:
+        recorder, seconds = fill(eight_on_three, 2, pause_the_leader)
+    finally:
+        leader.resume()
+    three.wait_ready()
+    report("leader paused", record_property, recorder, seconds, eight_on_three)
+    assert_all_kept(recorder, three_client, pool_of_500(2)[0], steady=2.0)
+
+
+def assert_all_kept(recorder: Recorder, client: Etcd, subnet: str, steady: float = 0.0) -> None:
+    """No duplicate, nothing lost or left over, and every one of 512 requests answered in time."""
+    assert len(recorder.replies) == REQUESTS
+    assert recorder.longest < 15 + MARGIN
+    assert judge(recorder, client, "/races/", subnet, steady=steady) == []
+    assert len(set(recorder.given)) == len(recorder.given)
+    for sentence in recorder.errors:
+        assert "is full" in sentence or "etcd did not" in sentence
+    # An outage of two seconds is no reason to refuse: the deadline is 15.
+    assert len(recorder.given) == ADDRESSES
+
+
+# ---- refused requests, whose leases may be written after all
+
+
+def test_leases_of_requests_that_were_refused_during_an_outage_are_taken_back(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """P4: etcd hangs for longer than the deadline. What it writes when it wakes belongs to nobody, and goes again."""
+    subnet, _ = pool_of_500(0)
+    with (
+        EtcdCluster() as cluster,
+        fleet(
+            tmp_path, cluster.endpoints, 4, prefix="/outage/", metrics=True, deadline="3s", etcd={"timeout": "1s"}
+        ) as daemons,
+    ):
+        client = Etcd(cluster.settings())
+        (member,) = cluster.members
+
+        def hang(recorder: Recorder) -> None:
+            recorder.wait_answered(50)
+            member.pause()
+            recorder.wait_answered(REQUESTS - 50)
+            member.resume()
+
+        try:
+            recorder, seconds = fill(daemons, 0, hang)
+            cluster.wait_ready()
+            assert len(recorder.replies) == REQUESTS
+            assert recorder.longest < 3 + MARGIN
+            assert judge(recorder, client, "/outage/", subnet, steady=2.0) == []
+            report("etcd hangs", record_property, recorder, seconds, daemons)
+            refused = REQUESTS - len(recorder.given)
+            assert refused > REQUESTS - ADDRESSES
+            assert all("etcd did not" in sentence for sentence in recorder.errors)
+
+            # Nothing is lost either: the addresses that were in doubt are given to the next who ask.
+            pool = daemons[0].pool(subnet, **pool_of_500(0)[1])
+            rest, _ = ask_all([(daemon, pool) for daemon in daemons], ADDRESSES - len(recorder.given))
+            assert len(rest.given) == ADDRESSES - len(recorder.given)
+            assert len({*rest.given, *recorder.given}) == ADDRESSES
+        finally:
+            member.resume()
+            client.close()
+
+
+# ---- a daemon that dies, among hosts that give and take
+
+
+def test_a_daemon_killed_among_hosts_that_give_and_take(etcd: RealEtcd, tmp_path: Path) -> None:
+    """P1, P3: kill -9 and restart of one of three daemons, while all ask and release. Only the unknown is unknown."""
+    subnet = "198.18.40.0/28"  # 14 addresses for 24 clients: every address changes hands all the time
+    with fleet(tmp_path, etcd.settings.endpoints, 3, prefix=etcd.prefix, cooldown="0s") as daemons:
+        pools = [daemon.pool(subnet) for daemon in daemons]
+        recorder = Recorder()
+        stop = threading.Event()
+
+        def client(number: int) -> None:
+            daemon, pool = daemons[number % 3], pools[number % 3]
+            dice = random.Random(number)
+            while not stop.is_set():
+                holder = next_mac()
+                address = recorder.grant(daemon, pool, holder)
+                if address and dice.random() < 0.95:  # some containers stay
+                    recorder.release(daemon, pool, holder, address)
+                elif not address:
+                    stop.wait(0.02)  # full, or the daemon is down: do not spin
+
+        with ThreadPoolExecutor(24) as threads:
+            futures = [threads.submit(client, number) for number in range(24)]
+            try:
+                recorder.wait_answered(100)
+                for victim in daemons[:2]:
+                    victim.kill()
+                    recorder.wait_answered(100)
+                    victim.start()
+                    victim.wait_answering()
+                    recorder.wait_answered(100)
+            finally:
+                stop.set()
+            for future in futures:
+                future.result(timeout=60)
+        assert judge(recorder, etcd.client, etcd.prefix, subnet) == []
+        outcomes = {each.outcome for each in recorder.operations}
+        print(len(recorder.operations), "operations,", len(recorder.given), "grants,", outcomes)
+        assert len(set(recorder.given)) < len(recorder.given), "no address ever changed hands"
+
+
+_mac_lock = threading.Lock()
+
+
+def next_mac() -> str:
+    with _mac_lock:
+        return next(_macs)
+
+
+assert COMMAND  # the broken one takes the same arguments
