@@ -72,7 +72,7 @@ def create_app(
     metrics: Metrics,
 ) -> flask.Flask:
     """The seven endpoints. `time_limit`: seconds from a request's arrival to its answer, at most."""
-    app = flask.Flask("ipam_plugin")
+    app = flask.Flask("ipam_plugin", static_folder=None)
     waiting = threading.BoundedSemaphore(WAITING)
 
     def answer(status: int, body: bytes) -> flask.Response:

@@ -203,6 +203,16 @@ def drop_pool(lease: Lease | None, claim: Claim, carried: bool, kept_router: boo
     return _without(lease, claim, rest, carried, kept_router)
 
 
+def without_orphan(lease: Lease, claim: Claim) -> Decision:
+    """What remains of a lease whose grant was refused although it was written: nothing, or what others hold of it."""
+    if lease.kind not in (ROUTER, HOST):
+        return FREE
+    rest = _fewer(lease.holders, claim)
+    if not rest:
+        return FREE
+    return KEEP if rest == lease.holders else _changed(lease, claim, holders=rest)
+
+
 def _without(lease: Lease, claim: Claim, rest: tuple[Holder, ...], carried: bool, kept_router: bool) -> Decision:
     kept = carried if lease.kind == HOST else kept_router
     if rest or kept:

@@ -17,7 +17,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -79,6 +79,13 @@ class Transactions(Protocol):
     ) -> Commit: ...
 
 
+class _Abandoned(NamedTuple):
+    """A grant that was refused although it may be written, now or later."""
+
+    claim: Claim
+    end: float  # when it can be forgotten, monotonic seconds
+
+
 class Register:
     """The addresses of all segments, for the Docker Engine of one host.
 
@@ -107,7 +114,7 @@ class Register:
         self._alarm = alarm
         self._engine_knows_us = True
         self._own: set[tuple[str, Address, str, str]] = set()  # own addresses as last written
-        self._abandoned: dict[str, float] = {}  # token -> when it can be forgotten, monotonic seconds
+        self._abandoned: dict[str, _Abandoned] = {}  # by token
         self._orphans: queue.SimpleQueue[tuple[str, Entry] | None] = queue.SimpleQueue()
         self.transactions: collections.Counter[str] = collections.Counter()  # by what they were for
         self.lost_races = 0
@@ -138,7 +145,6 @@ class Register:
         if pool is None:
             return
         key = self._keys.pool(pool, self._host)
-        dropped = False
         while True:
             found = self._read(key, deadline)
             use = _pool_use(found)
@@ -149,10 +155,10 @@ class Register:
                 if self._write("pool", {key: found.revision}, [Put(key, encode(fewer))], deadline, proof=key).applied:
                     return
                 continue
-            if not dropped:
-                self._drop_holdings(pool, deadline)
-                dropped = True
-            if self._write("pool", {key: found.revision}, [Delete(key)], deadline).applied:
+            unchanged = {key: found.revision}  # or else another network has come, and holds what would be dropped
+            if self._drop_holdings(pool, unchanged, deadline) and self._write(
+                "pool", unchanged, [Delete(key)], deadline
+            ).applied:
                 return
 
     def request_address(self, request: RequestAddress, deadline: float) -> str:
@@ -233,6 +239,8 @@ class Register:
 
     def _refuse_foreign_gateway(self, pool: Pool, asked: Address, deadline: float) -> None:
         """Before anything else is said of the bridge: an address that is somebody else's is named as such."""
+        if self._is_carried(asked):
+            return  # perhaps this host is the router
         cure = (
             f"say --aux-address DefaultGatewayIPv{asked.version}={asked} instead of --gateway on a bridge network, or"
             " --ipam-opt gateway=router on macvlan and ipvlan"
@@ -252,7 +260,12 @@ class Register:
         decisions.grant_bridge(read_lease(found.value) if found else None, self._claim(pool, asked), None)
 
     def _share(self, pool: Pool, address: Address, deadline: float) -> None:
-        self._change(self._claim(pool, address), decisions.share, deadline)
+        def decide(lease: Lease | None, claim: Claim) -> Decision:
+            if lease is None:
+                self._settings(pool.segment)
+            return decisions.share(lease, claim)
+
+        self._change(self._claim(pool, address), decide, deadline)
 
     def _refuse_unexplained(self, pool: Pool, asked: Address) -> None:
         """While the engine sends endpoints without a MAC, `--ip` looks like an auxiliary address: shared by hosts."""
@@ -350,7 +363,7 @@ class Register:
 
     # ---------------------------------------------------------------------------------------- pools
 
-    def _use_pool(self, pool: Pool, deadline: float) -> None:
+    def _use_pool(self, pool: Pool, deadline: float, if_absent: bool = False) -> None:
         """Count one more network of this host, after its own addresses in the subnet are in the register."""
         self.register_own_addresses(deadline, extra=pool)
         host = self._host
@@ -365,6 +378,8 @@ class Register:
         )
         found = self._read(key, deadline)
         while True:
+            if found is not None and if_absent:
+                return
             use = _pool_use(found)
             counted = msgspec.structs.replace(use, count=use.count + 1) if use else fresh
             value = encode(msgspec.structs.replace(counted, token=secrets.token_urlsafe(12)))
@@ -379,7 +394,7 @@ class Register:
             return
         if self._read(self._keys.pool(pool, self._host), deadline) is None:
             log.warning("pool %s has no key in etcd for this host; the engine knows it, so it is written again", pool)
-            self._use_pool(pool, deadline)
+            self._use_pool(pool, deadline, if_absent=True)
 
     def _pool_to_release(self, pool_id: str) -> Pool | None:
         """None when it is none of ours: to release what is unknown is a success."""
@@ -390,7 +405,8 @@ class Register:
         except Refused:
             return None
 
-    def _drop_holdings(self, pool: Pool, deadline: float) -> None:
+    def _drop_holdings(self, pool: Pool, unchanged: Mapping[str, int], deadline: float) -> bool:
+        """False when a key of `unchanged` has another revision by now."""
         for address, entry in self._view.shared_entries(pool, (ROUTER, HOST)):
             if entry.kind == HOST and entry.host != self._host:
                 continue
@@ -399,7 +415,9 @@ class Register:
                 carried=self._is_carried(address),
                 kept_router=self._is_router(pool, address),
             )
-            self._change(self._claim(pool, address), decide, deadline, why="network removed")
+            if not self._change(self._claim(pool, address), decide, deadline, "network removed", unchanged):
+                return False
+        return True
 
     # ------------------------------------------------------------------------- the host's own addresses
 
@@ -450,10 +468,15 @@ class Register:
         decide: Callable[[Lease | None, Claim], Decision],
         deadline: float,
         why: str = "",
-    ) -> None:
-        """Read the lease, decide, write; again when the transaction found another one."""
+        unchanged: Mapping[str, int] | None = None,
+    ) -> bool:
+        """Read the lease, decide, write; again when the transaction found another one.
+
+        False, and nothing was written, when a key of `unchanged` had another revision.
+        """
         key = self._keys.lease(claim.pool.segment, claim.address)
         past_key = self._keys.past(claim.pool.segment, claim.address)
+        unchanged = unchanged or {}
         found, _ = self._etcd.get_many([key, past_key], deadline=deadline)
         while True:
             settings = self._view.settings(claim.pool.segment)
@@ -461,20 +484,24 @@ class Register:
             lease = read_lease(current.value) if current else None
             decision = decide(lease, claim)
             if decision is KEEP:
-                return
+                return True
             if decision is FREE:
                 assert current is not None
                 assert lease is not None
-                commit = self._free(claim, current, lease, found.get(past_key), why, deadline)
+                commit = self._free(claim, current, lease, found.get(past_key), why, unchanged, deadline)
                 if commit.applied or commit.found[key] is None:
-                    return
-                found = commit.found
+                    return True
             else:
                 assert isinstance(decision, Lease)
-                commit = self._grant(claim, decision, current.revision if current else 0, settings, deadline)
+                revision = current.revision if current else 0
+                commit = self._grant(claim, decision, revision, settings, deadline, unchanged)
                 if commit.applied:
-                    return
-                found = {**commit.found, past_key: found.get(past_key)}
+                    return True
+            for each, expected in unchanged.items():
+                there = commit.found[each]
+                if (there.revision if there else 0) != expected:
+                    return False
+            found = {past_key: found.get(past_key), **commit.found}
 
     def _settings(self, segment: str) -> Settings:
         """The segment's settings, taken before anything is decided with them: a grant compares their revision."""
@@ -486,26 +513,44 @@ class Register:
             )
         return settings
 
-    def _grant(self, claim: Claim, lease: Lease, revision: int, settings: Settings, deadline: float) -> Commit:
+    def _grant(
+        self,
+        claim: Claim,
+        lease: Lease,
+        revision: int,
+        settings: Settings,
+        deadline: float,
+        unchanged: Mapping[str, int] | None = None,
+    ) -> Commit:
         """One transaction: the lease as it was read, and the segment's settings as they were read."""
         key = self._keys.lease(claim.pool.segment, claim.address)
-        expect = {key: revision, self._keys.segment(claim.pool.segment): settings.revision}
+        expect = {key: revision, self._keys.segment(claim.pool.segment): settings.revision, **(unchanged or {})}
         try:
             return self._write("grant", expect, [Put(key, encode(lease))], deadline, proof=key)
         except OutcomeUnknown:
-            if lease.token == claim.token:  # a grant; a holder more or less in a lease that others share is no orphan
-                self._abandon(key, lease.token)
+            # An orphan is what was granted for a request and is not there anyway: not one holder more or less in a
+            # lease that others share, and never the lease of an address that an interface of this host carries.
+            granted = lease.kind == ENDPOINT or lease.holders
+            if lease.token == claim.token and granted and not self._is_carried(claim.address):
+                self._abandon(key, claim)
             raise
 
     def _free(
-        self, claim: Claim, current: KeyValue, lease: Lease, past: KeyValue | None, why: str, deadline: float
+        self,
+        claim: Claim,
+        current: KeyValue,
+        lease: Lease,
+        past: KeyValue | None,
+        why: str,
+        unchanged: Mapping[str, int],
+        deadline: float,
     ) -> Commit:
         """Delete the lease at the revision that was read, and remember its holder, in one transaction."""
         history = remember(_history(past), lease, why, datetime.datetime.now(datetime.UTC))
         past_key = self._keys.past(claim.pool.segment, claim.address)
         return self._write(
             "free",
-            {current.key: current.revision, past_key: past.revision if past else 0},
+            {current.key: current.revision, past_key: past.revision if past else 0, **unchanged},
             [Delete(current.key), Put(past_key, encode(history))],
             deadline,
         )
@@ -535,11 +580,11 @@ class Register:
 
     # ------------------------------------------------------------- grants whose outcome is not known
 
-    def _abandon(self, key: str, token: str) -> None:
+    def _abandon(self, key: str, claim: Claim) -> None:
         """A refused request whose lease may be in etcd, or appear there yet: it is deleted when it is seen (P4)."""
-        self._abandoned[token] = time.monotonic() + 3600
+        self._abandoned[claim.token] = _Abandoned(claim, time.monotonic() + 3600)
         log.warning("the outcome of writing %s is not known; it is taken back when it appears", key)
-        self._orphans.put((key, Entry("", self._host, token, 0)))
+        self._orphans.put((key, Entry("", self._host, claim.token, 0)))
 
     def _saw_lease(self, key: str, entry: Entry) -> None:
         if entry.token in self._abandoned:
@@ -556,7 +601,7 @@ class Register:
                 waiting.append(item)
             except queue.Empty:
                 now = time.monotonic()
-                for token in [token for token, end in self._abandoned.items() if end < now]:
+                for token in [token for token, each in self._abandoned.items() if each.end < now]:
                     del self._abandoned[token]
             waiting = [each for each in waiting if not self._free_orphan(*each)]
 
@@ -564,12 +609,22 @@ class Register:
         self._orphans.put(None)
 
     def _free_orphan(self, key: str, entry: Entry) -> bool:
+        """Whether nothing is left to do for now."""
+        abandoned = self._abandoned.get(entry.token)
+        if abandoned is None:
+            return True
         try:
             found = self._read(key, time.monotonic() + 5)
-            if found is None or read_lease(found.value).token != entry.token:
+            lease = read_lease(found.value) if found else None
+            if found is None or lease is None or lease.token != entry.token:
                 return True
-            if not self._write("orphan", {key: found.revision}, [Delete(key)], time.monotonic() + 5).applied:
+            rest = decisions.without_orphan(lease, abandoned.claim)
+            write = Delete(key) if rest is FREE else Put(key, encode(rest)) if isinstance(rest, Lease) else None
+            if write and not self._write("orphan", {key: found.revision}, [write], time.monotonic() + 5).applied:
                 return False
+            if rest is not FREE:
+                # Others have joined it and keep its token, which is no orphan's from now on.
+                self._abandoned.pop(entry.token, None)
         except IpamError as error:
             log.info("the abandoned lease %s is not taken back yet: %s", key, error)
             return False

@@ -233,9 +233,11 @@ class DaemonProcess:
         return self.call("IpamDriver.ReleaseAddress", {"PoolID": pool, "Address": address})
 
     def metric(self, name: str) -> float:
-        """The sum of a metric over its labels, 0 when it was never set."""
-        lines = self.metrics().splitlines()
-        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
+        """A metric, 0 when it was never set; without labels in `name`, the sum over all of them."""
+        beginnings = (f"{name} ", f"{name}{{")
+        return sum(
+            float(line.rpartition(" ")[2]) for line in self.metrics().splitlines() if line.startswith(beginnings)
+        )
 
     def metrics(self) -> str:
         connection = http.client.HTTPConnection("127.0.0.1", self.metrics_port, timeout=10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import itertools
 
 import pytest
 from hypothesis import given
@@ -20,6 +21,7 @@ from ipam_plugin.addresses import (
     range_of,
     usable_range,
 )
+from properties import refusal
 
 SMALL = st.integers(0, 60)
 runs = st.tuples(SMALL, SMALL).map(lambda ends: (min(ends), max(ends)))
@@ -67,7 +69,7 @@ def test_runs_are_sorted_and_apart(steps: list[tuple[bool, tuple[int, int]]]) ->
     """Runs neither touch nor overlap: the binary searches rest on it, and so does the size in memory."""
     found = list(built(steps)[0])
     assert all(first <= last for first, last in found)
-    assert all(before[1] + 1 < after[0] for before, after in zip(found, found[1:], strict=False))
+    assert all(before[1] + 1 < after[0] for before, after in itertools.pairwise(found))
 
 
 @given(st.lists(edits, max_size=4), SMALL, SMALL)
@@ -138,11 +140,7 @@ def test_a_range_contains_its_ends_and_not_its_neighbours(one: Range) -> None:
 def test_any_text_is_an_address_or_a_sentence(text: str) -> None:
     """What a person types is read or refused with one printable line, never with another error."""
     for read in (parse_address, parse_range, parse_network):
-        try:
-            read(text)
-        except ValueError as error:
-            assert str(error).isprintable()
-            assert "Traceback" not in str(error)
+        assert refusal(ValueError, read, text).isprintable()
 
 
 @given(st.ip_addresses(v=4), st.lists(st.integers(0, 3), min_size=4, max_size=4))

@@ -187,7 +187,9 @@ class Etcd:
         self._signal(signal.SIGCONT)
 
     def leads(self) -> bool:
-        """Whether this member is the leader, as it says itself."""
+        """Whether this member is the leader, as it says itself; one that is dead or paused says nothing."""
+        if self._service is None or self._service.state in ("", "T"):
+            return False
         words = ("etcdctl", "--endpoints", "http://127.0.0.1:2379", "-w", "json", "endpoint", "status")
         [status] = json.loads(self.node.run(*words, env={"ETCDCTL_API": "3"}, timeout=10).stdout)
         return bool(status["Status"]["leader"] == status["Status"]["header"]["member_id"])

@@ -217,6 +217,16 @@ class Service:
     def alive(self) -> bool:
         return self._process.poll() is None
 
+    @property
+    def state(self) -> str:
+        """The kernel's letter for it: R runs, S waits, D waits for a disk, T is stopped; "" is gone."""
+        try:
+            return (
+                Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] if self.alive else ""
+            )
+        except OSError:
+            return ""
+
     def tail(self, characters: int = 3000) -> str:
         """The end of its log."""
         text = self.log.read_text(errors="replace").strip() if self.log.exists() else ""
