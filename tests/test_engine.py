@@ -277,7 +277,7 @@ def test_dual_stack(clean: Lab) -> None:
     """A network with an IPv4 and an IPv6 subnet: two pools, two leases a container, both answer on the LAN."""
     for host in clean.hosts:
         host.docker(
-            *NETWORK[:-1], "--ipv6", "--subnet", "fd00:77::/64", "--aux-address", "DefaultGatewayIPv6=fd00:77::fe", "lan"
+            *NETWORK[:-1], "--ipv6", "--subnet", "fd00:77::/64", "--aux-address", "DefaultGatewayIPv6=fd00:77::254", "lan"
         )
         start(host, "web")
     for each in clean.live():

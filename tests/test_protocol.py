@@ -152,7 +152,7 @@ def test_an_error_is_readable_in_both_channels(text: str) -> None:
 @given(st.text(max_size=60))
 def test_an_address_is_read_or_refused(text: str) -> None:
     """Whatever stands in Address, the outcome is an address or a BadRequest."""
-    assert refusal(BadRequest, protocol.address_of, text).[:9] in ("", "Address: ")
+    assert refusal(BadRequest, protocol.address_of, text)[:9] in ("", "Address: ")
 
 
 def test_capabilities_and_address_spaces() -> None:
