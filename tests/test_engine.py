@@ -453,3 +453,38 @@ def test_unreachable_etcd_is_said_to_the_user(clean: Lab) -> None:
     until(lambda: of_kind(clean, "endpoint") == {}, 30, "what may have been written is taken back")
     assert start(host, "again")
     assert_register_agrees(clean)
+
+
+def test_addresses_that_a_host_gets_later(clean: Lab) -> None:
+    """An address put on a host's interface while the daemon runs is in the register within seconds (P2); one that a
+    container has already raises an alarm naming both, and the container's lease stays (P3)."""
+    first, second = clean.hosts
+    first.docker(*NETWORK)
+    start(first, "web", "--ip", "192.168.77.88")
+    before = leases(clean)["192.168.77.88"]
+    second.ip("addr add 192.168.77.77/24 dev br0", "addr add 192.168.77.88/24 dev br0")
+    try:
+        mine = until(lambda: leases(clean).get("192.168.77.77"), 5, "the new address is registered")
+        assert (mine["kind"], mine["host"], mine["interface"]) == ("host", "host2", "br0")
+        said = until(lambda: [each for each in first.command("hosts").splitlines() if "ALARM" in each], 5, "the alarm")
+        assert "192.168.77.88" in said[0]
+        assert "host1" in said[0]
+        assert "host2" in said[0]
+        assert leases(clean)["192.168.77.88"] == before
+        assert "host2" in failed(first, "run", "--network", "lan", "--ip", "192.168.77.77", "busybox")
+    finally:
+        second.ip("addr del 192.168.77.77/24 dev br0", "addr del 192.168.77.88/24 dev br0")
+        first.command("release", "192.168.77.77", "--force")
+
+
+def test_restart_of_the_daemon_under_running_containers(clean: Lab) -> None:
+    """An orderly restart changes nothing for what runs (P8), and what is asked meanwhile is answered."""
+    host = clean.hosts[0]
+    host.docker(*NETWORK)
+    address = start(host, "web")
+    before = leases(clean)
+    host.restart("daemon")
+    assert start(host, "next")
+    after = leases(clean)
+    assert {key: after[key] for key in before} == before
+    assert clean.machines[0].ping(address)
