@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import getpass
 import json
+import os
 import socket
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -16,18 +17,20 @@ from typing import Any
 
 import click
 import msgspec
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ipam_plugin import __version__
 from ipam_plugin.addresses import Address, Range, parse_address, parse_range
-from ipam_plugin.config import Config, load
+from ipam_plugin.config import Config, find, load
 from ipam_plugin.errors import ConfigError, IpamError
 from ipam_plugin.model import KINDS, NAME, Keys, Lease, SegmentSettings
 from ipam_plugin.operations import Explanation, Operations, plain
 
 EMBEDDED_DATA = Path("/var/lib/ipam-plugin/etcd")
+LONGEST_CELL = 300  # characters
 
 
 class _AddressType(click.ParamType[Address]):
@@ -90,16 +93,26 @@ def _with_operations(command: Callable[..., None]) -> Callable[..., None]:
         config = _load(config_path or ctx.obj)
         etcd = etcd_of(config)
         try:
-            who = f"{getpass.getuser()}@{socket.gethostname()}"
-            command(ops=Operations(etcd, Keys(config.prefix), who), config=config, **arguments)
+            command(ops=Operations(etcd, Keys(config.prefix), _who()), config=config, **arguments)
         finally:
             etcd.close()
 
     return wrapped
 
 
+def _who() -> str:
+    """Who reserves, for the others to read."""
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # a user id without an entry in passwd
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"
+
+
 def _load(path: str | None, embedded_etcd: bool = False) -> Config:
-    return load(path, embedded_etcd=embedded_etcd or (path is None and EMBEDDED_DATA.exists()))
+    # After `serve --embedded-etcd` without any configuration, the other commands find that etcd too.
+    trial = EMBEDDED_DATA.exists() and not find(path).exists()
+    return load(path, embedded_etcd=embedded_etcd or trial)
 
 
 @cli.command()
@@ -318,9 +331,11 @@ def hosts(ops: Operations, config: Config, output: str) -> None:
 @cli.command()
 @click.argument("name", metavar="SEGMENT", callback=_segment_name)
 @click.option("--router", multiple=True, type=_AddressType(), help="The segment's router; one for each IP version.")
+@click.option("--no-router", is_flag=True, help="It has none any more (with --router: only these).")
 @click.option("--exclude", multiple=True, type=_RangeType(), help="Never give these out.")
 @click.option("--no-exclude", multiple=True, type=_RangeType(), help="Give these out again.")
 @click.option("--moving", multiple=True, type=_RangeType(), help="Addresses that move between machines (keepalived).")
+@click.option("--no-moving", multiple=True, type=_RangeType(), help="They do not move any more.")
 @output_option
 @_with_operations
 def segment(
@@ -331,12 +346,15 @@ def segment(
     exclude: tuple[Range, ...],
     no_exclude: tuple[Range, ...],
     moving: tuple[Range, ...],
+    no_router: bool,
+    no_moving: tuple[Range, ...],
     output: str,
 ) -> None:
     """Show the settings that SEGMENT has on all hosts, or change them."""
 
     def change(settings: SegmentSettings) -> SegmentSettings:
-        routers = {each.version: str(each) for each in (*settings.routers(), *router)}
+        before = [] if no_router else settings.routers()
+        routers = {each.version: str(each) for each in (*before, *router)}
         kept = {parse_range(text): text for text in settings.exclude}
         kept.update({each: str(each) for each in exclude})
         moves = {parse_range(text): text for text in settings.moving} | {each: str(each) for each in moving}
@@ -344,10 +362,10 @@ def segment(
             settings,
             router=next(iter(routers.values()), "") if len(routers) < 2 else list(routers.values()),
             exclude=tuple(text for each, text in kept.items() if each not in no_exclude),
-            moving=tuple(moves.values()),
+            moving=tuple(text for each, text in moves.items() if each not in no_moving),
         )
 
-    if router or exclude or no_exclude or moving:
+    if router or no_router or exclude or no_exclude or moving or no_moving:
         settings: SegmentSettings | str = ops.change_segment(name, change)
     else:
         settings = ops.segments().get(name, SegmentSettings())
@@ -400,15 +418,21 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in columns:
         table.add_column(column, no_wrap=column != "NOTE", overflow="fold")
-    count = 0
+    widths = [len(column) for column in columns]
     for row in rows:
-        count += 1
+        cells = [_short(_clean(cell)) for cell in row]
+        widths = [max(width, cell_len(cell)) for width, cell in zip(widths, cells, strict=True)]
         # Text, because what stands in etcd may look like rich's markup.
-        table.add_row(*(Text(_clean(cell)) for cell in row))
-    if count:
+        table.add_row(*map(Text, cells))
+    if table.row_count:
         # A pipe has no width: there nothing may be cut.
-        console = Console(width=None if sys.stdout.isatty() else 1000)
+        console = Console(width=None if sys.stdout.isatty() else sum(widths) + 2 * len(widths))
         console.print(table, crop=sys.stdout.isatty())
+
+
+def _short(text: str) -> str:
+    """A cell that no real value fills must not push the others off the screen; -o json tells all of it."""
+    return text if len(text) <= LONGEST_CELL else text[: LONGEST_CELL - 1] + "…"
 
 
 def _json(value: Any) -> None:

@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import stat
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from ipam_plugin.addresses import parse_address, parse_range
 from ipam_plugin.app import SPARE_THREADS, WAITING, create_app
 from ipam_plugin.config import Config
 from ipam_plugin.embedded_etcd import EmbeddedEtcd
-from ipam_plugin.errors import ConfigError
+from ipam_plugin.errors import ConfigError, NotServing
 from ipam_plugin.etcd import Etcd, EtcdSettings, Event, KeyValue
 from ipam_plugin.host import Presence, StateDir, host_name
 from ipam_plugin.metrics import Metrics
@@ -68,6 +69,14 @@ def local_settings(config: Config, segment: str) -> Local:
     )
 
 
+def carried() -> list[interfaces.InterfaceAddress]:
+    """The addresses on this host's interfaces. Raises NotServing when the kernel does not say them in time."""
+    try:
+        return interfaces.addresses()
+    except OSError as error:
+        raise NotServing(f"this host's interfaces cannot be read: {error}") from error
+
+
 class Daemon:
     """All parts of one host's daemon. `start` once, in the process that serves; `stop` ends every thread."""
 
@@ -79,7 +88,7 @@ class Daemon:
         self._etcd = etcd_of(config)
         self._view = View(keys, name, lambda segment: local_settings(config, segment))
         self._presence = Presence(
-            self._etcd, self._view, keys, state, name=name, carried=interfaces.addresses, time_limit=5.0
+            self._etcd, self._view, keys, state, name=name, carried=carried, time_limit=5.0
         )
         self._register = Register(
             self._etcd,
@@ -87,7 +96,7 @@ class Daemon:
             keys,
             name,
             default_segment=config.segment,
-            carried=interfaces.addresses,
+            carried=carried,
             alarm=self._presence.alarm,
         )
         self._metrics = Metrics()
@@ -143,7 +152,16 @@ class Daemon:
             self._embedded.stop()
 
     def _run(self, name: str, target: Callable[[], None]) -> None:
-        thread = threading.Thread(target=target, name=name, daemon=True)
+        def again_and_again() -> None:
+            # A daemon that answers but whose heartbeat has ended would be worse than one that has crashed.
+            while not self._stop.is_set():
+                try:
+                    return target()
+                except Exception:
+                    log.exception("thread %s failed; it begins again", name)
+                    self._stop.wait(1)
+
+        thread = threading.Thread(target=again_and_again, name=name, daemon=True)
         self._threads.append(thread)
         thread.start()
 
@@ -191,7 +209,8 @@ def serve(config: Config, *, embedded_etcd: bool = False) -> None:
     if embedded_etcd:
         EmbeddedEtcd(config.state_dir, config.etcd.endpoints[0])  # what is wrong with it is said before anything starts
     # systemd has given the socket already, or it is made here.
-    given = os.environ.get("LISTEN_PID") == str(os.getpid())
+    # (Without either, gunicorn would listen on a TCP port of its own choice.)
+    given = os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS", "0") != "0"
     listener = None if given else listen(config.socket)
     _Server(config, state, name, listener, embedded_etcd).run()
 
@@ -268,12 +287,23 @@ class _Server(gunicorn.app.base.BaseApplication):  # type: ignore[misc]  # gunic
     def run(self) -> None:
         # gunicorn's master would tell systemd that it is ready as soon as it has forked.
         _take_notify_socket()
-        gunicorn.arbiter.Arbiter(self).run()
+        master = os.getpid()
+        try:
+            gunicorn.arbiter.Arbiter(self).run()
+        except SystemExit as error:
+            # The forked worker, which has said what is wrong with the configuration, leaves through here too.
+            if os.getpid() == master and error.code == gunicorn.arbiter.Arbiter.APP_LOAD_ERROR:
+                sys.exit(2)
+            raise
 
     def load(self) -> flask.Flask:
         """In the worker, after the fork."""
         self._daemon = Daemon(self._config, self._state, self._name, embedded_etcd=self._embedded_etcd)
-        self._daemon.start()
+        try:
+            self._daemon.start()
+        except ConfigError as error:
+            log.error("%s", error)
+            sys.exit(gunicorn.arbiter.Arbiter.APP_LOAD_ERROR)
         return self._daemon.app()
 
     def _worker_exit(self, arbiter: Any, worker: Any) -> None:

@@ -179,7 +179,7 @@ def give_back(lease: Lease | None, claim: Claim, token: str, carried: bool, kept
     """
     if lease is None or lease.token != token:
         return KEEP
-    if lease.kind in (ROUTER, HOST):
+    if lease.kind == ROUTER or (lease.kind == HOST and lease.host == claim.host):
         rest = _fewer(lease.holders, claim)
         if rest == lease.holders:
             return KEEP
@@ -195,7 +195,7 @@ def give_back(lease: Lease | None, claim: Claim, token: str, carried: bool, kept
 
 def drop_pool(lease: Lease | None, claim: Claim, carried: bool, kept_router: bool) -> Decision:
     """The last ReleasePool of this host: its gateway and auxiliary holdings go, endpoints never do."""
-    if lease is None or lease.kind not in (ROUTER, HOST):
+    if lease is None or not (lease.kind == ROUTER or (lease.kind == HOST and lease.host == claim.host)):
         return KEEP
     rest = tuple(each for each in lease.holders if (each.host, each.pool) != (claim.host, claim.pool.id))
     if rest == lease.holders:

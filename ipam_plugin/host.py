@@ -67,10 +67,16 @@ class StateDir:
                 time.sleep(0.05)
 
     def read(self, name: str) -> str:
+        """What was written under this name, or ''. What is damaged is never taken for absent: a host without its
+        name would begin anew under another one, and strand its leases.
+        """
+        path = self.path / name
         try:
-            return (self.path / name).read_text().strip()
-        except (FileNotFoundError, UnicodeDecodeError):
+            return path.read_text().strip()
+        except FileNotFoundError:
             return ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"state_dir: {path} cannot be read: {error}") from None
 
     def write(self, name: str, text: str) -> None:
         """Whole or not at all, also when the power goes."""
@@ -98,6 +104,8 @@ def host_name(configured: str | None, hostname: str, kept: str) -> tuple[str, st
     if configured:
         return configured, ""
     if kept:
+        if not NAME.fullmatch(kept):
+            raise ConfigError(f"state_dir: the name kept in it, {kept[:80]!r}, is none; write this host's name there")
         changed = kept != hostname
         return kept, (
             f"the hostname is {hostname!r} now, but this host's leases are under {kept!r}, which stays its name"

@@ -27,6 +27,7 @@ from ipam_plugin.errors import Refused
 
 USER = "ipam-plugin"
 STATE_DIR = "/var/lib/ipam-plugin"
+RUN_DIR = "/run/ipam-plugin"
 MANIFEST = f"{STATE_DIR}/installed.json"
 CONFIG = "/etc/ipam-plugin/config.yaml"
 COMMAND = "/usr/local/bin/ipam-plugin"
@@ -186,6 +187,8 @@ def _uninstall(target: _Root) -> Iterator[str]:
     if units and target.systemd:
         _run("systemctl", "disable", "--now", *reversed(units))
         yield f"{' and '.join(units)} stopped and disabled"
+        # systemd made it for the socket, and takes back the socket alone.
+        _remove_empty(target.path(RUN_DIR))
     for path in reversed(_FILES):
         recorded = manifest.files.pop(path, None)
         if recorded is None or not target.path(path).exists():

@@ -15,6 +15,7 @@ import select
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -72,14 +73,19 @@ class InterfaceAddress:
         return ipaddress.ip_network((self.address, self.prefixlen), strict=False)
 
 
-def addresses() -> list[InterfaceAddress]:
+def addresses(deadline: float | None = None) -> list[InterfaceAddress]:
     """The host's own addresses, without loopback (127/8, ::1) and link-local ones.
 
     In the kernel's order, IPv4 before IPv6: of several that fit, Docker takes the first. A LAN address on
-    `lo` is among them, because Linux answers ARP for it on every interface. Raises OSError.
+    `lo` is among them, because Linux answers ARP for it on every interface.
+
+    `deadline` is in time.monotonic(); None is 5 s from now. It is milliseconds, but the kernel lists interfaces
+    under a lock (RTNL) that it holds for seconds while it takes down a big namespace. Raises OSError, of which
+    TimeoutError is one.
     """
+    deadline = time.monotonic() + _TIME_LIMIT if deadline is None else deadline
     found: list[tuple[int, dict[str, Any]]] = []
-    for header, data, offset, end in _dump(ifaddrmsg(), rtnl.RTM_GETADDR):
+    for header, data, offset, end in _dump(ifaddrmsg(), rtnl.RTM_GETADDR, deadline):
         family, prefixlen, flags, _scope, index = struct.unpack_from("BBBBI", data, offset)
         attributes = _attributes(data, offset + 8, end, _IFA_WANTED)
         # IFA_ADDRESS is the peer's on a point-to-point link; IFA_LOCAL, where there is one, is ours.
@@ -106,7 +112,7 @@ def addresses() -> list[InterfaceAddress]:
                 },
             )
         )
-    by_index = {link.index: link for link in links()} if found else {}
+    by_index = {link.index: link for link in links(deadline)} if found else {}
     return [
         InterfaceAddress(
             interface=by_index[index].name,
@@ -120,10 +126,11 @@ def addresses() -> list[InterfaceAddress]:
     ]
 
 
-def links() -> list[Link]:
-    """All interfaces of this network namespace, in the kernel's order. Raises OSError."""
+def links(deadline: float | None = None) -> list[Link]:
+    """All interfaces of this network namespace, in the kernel's order. Deadline and errors as for `addresses`."""
+    deadline = time.monotonic() + _TIME_LIMIT if deadline is None else deadline
     found: dict[int, tuple[int, dict[int, bytes]]] = {}
-    for header, data, offset, end in _dump(ifinfmsg(), rtnl.RTM_GETLINK):
+    for header, data, offset, end in _dump(ifinfmsg(), rtnl.RTM_GETLINK, deadline):
         _family, _type, index, flags = struct.unpack_from("BxHiI", data, offset)
         if header == rtnl.RTM_NEWLINK:
             found[index] = (flags, _attributes(data, offset + 16, end, _IFLA_WANTED))
@@ -155,29 +162,31 @@ _IFLA_WANTED = {_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MASTER, _IFLA_LINKINFO}
 _IFLA_INFO_KIND = 1
 _NLA_TYPE_MASK = 0x3FFF  # without NLA_F_NESTED and NLA_F_NET_BYTEORDER
 
-# The kernel answers out of memory, in milliseconds; this only bounds what nobody has seen.
-_DUMP_TIMEOUT = 10.0
+_TIME_LIMIT = 5.0
 
 _Message = tuple[int, bytes, int, int]
 """Type of a netlink message, the buffer, where its body begins and ends."""
 
 
-def _dump(question: nlmsg, kind: int) -> list[_Message]:
+def _dump(question: nlmsg, kind: int, deadline: float) -> list[_Message]:
     """All messages of one dump, once more (a few times) when the kernel's list changed under it.
 
     pyroute2 sends, receives and knows the end; the messages stay bytes. Decoded by pyroute2, a link costs
     half a millisecond for its forty attributes, and a host with a thousand containers would spend a
     second at every event on values that nobody asked for.
     """
-    for _attempt in range(5):
+    for _attempt in range(3):
         messages: list[_Message] = []
-        interrupted = asyncio.run(_receive(question, kind, messages))
+        try:
+            interrupted = asyncio.run(_receive(question, kind, messages, deadline - time.monotonic()))
+        except TimeoutError:
+            raise TimeoutError(errno.ETIMEDOUT, "the kernel did not list the interfaces in time") from None
         if not interrupted:
             break
     return messages
 
 
-async def _receive(question: nlmsg, kind: int, messages: list[_Message]) -> bool:
+async def _receive(question: nlmsg, kind: int, messages: list[_Message], seconds: float) -> bool:
     interrupted = False
 
     def keep(data: bytes, offset: int, length: int) -> dict[str, Any]:
@@ -194,7 +203,7 @@ async def _receive(question: nlmsg, kind: int, messages: list[_Message]) -> bool
         # the end, and the dump for complete.
         return {"header": header}
 
-    async with AsyncIPRoute(groups=0) as ip, asyncio.timeout(_DUMP_TIMEOUT):
+    async with AsyncIPRoute(groups=0) as ip, asyncio.timeout(seconds):
         request = NetlinkRequest(ip, question, msg_type=kind, msg_flags=NLM_F_REQUEST | NLM_F_DUMP, parser=keep)
         await request.send()
         async for _message in request.response():

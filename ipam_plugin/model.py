@@ -116,6 +116,8 @@ class Pool:
     def make(cls, subnet: str, sub_range: str, options: Mapping[str, str], default_segment: str) -> Pool:
         """From what `docker network create` was given. Raises BadRequest with a sentence that says what to type."""
         network = _network("--subnet", subnet)
+        if network.is_loopback or network.is_multicast:
+            raise BadRequest(f"--subnet {network} is no subnet that machines of a LAN can have addresses in")
         narrowed = None
         if sub_range:
             narrowed = _network("--ip-range", sub_range)

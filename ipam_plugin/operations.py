@@ -116,15 +116,16 @@ class Operations:
             if each.address == str(address)
         ]
         settings = self.segments()
-        names = {segment} if segment else {each.segment for each in leases} | set(settings)
+        in_use = {line.pool.segment for line in self.pools() if line.pool}
+        names = {segment} if segment else {each.segment for each in leases} | set(settings) | in_use | {default}
         explained = []
-        for name in sorted(names | (set() if names else {default})):
+        for name in sorted(names):
             held = next((each.lease for each in leases if each.segment == name), None)
             reasons = [*_forbidding(name, settings.get(name), address), *hosts]
             past = self._value(self._keys.past(name, address), History)
-            if segment or held or reasons != hosts or past or name == default:
-                explained.append(Explanation(name, address, held, reasons, past.past if past else ()))
-        return explained
+            explained.append(Explanation(name, address, held, reasons, past.past if past else ()))
+        told = [each for each in explained if segment or each.lease or each.reasons != hosts or each.past]
+        return told or [each for each in explained if each.segment == default]
 
     def hosts(self) -> list[HostLine]:
         known = {each.key.removeprefix(self._keys.hosts): each.value for each in self._list(self._keys.hosts)}
@@ -245,6 +246,7 @@ class Operations:
             current = found[key]
             try:
                 settings = decode(current.value, SegmentSettings) if current else SegmentSettings()
+                settings.ranges(), settings.routers()
             except ValueError as error:
                 raise Refused(f"the settings of segment {segment} ({key}) cannot be read, mend them: {error}") from None
             changed = change(settings)
@@ -330,5 +332,3 @@ def _deadline() -> float:
 def plain(value: Any) -> Any:
     """Structs and addresses as what JSON has."""
     return msgspec.to_builtins(value, str_keys=True)
-
-

@@ -70,9 +70,7 @@ log = logging.getLogger(__name__)
 class Transactions(Protocol):
     """What the register needs of etcd. etcd.Etcd has it, and so has the fake of the tests."""
 
-    def get_many(
-        self, keys: Sequence[str], *, deadline: float
-    ) -> tuple[Mapping[str, KeyValue | None], int]: ...
+    def get_many(self, keys: Sequence[str], *, deadline: float) -> tuple[Mapping[str, KeyValue | None], int]: ...
 
     def commit(
         self, expect: Mapping[str, int], writes: Sequence[Put | Delete], *, deadline: float, proof: str | None = None
@@ -115,6 +113,9 @@ class Register:
         self._engine_knows_us = True
         self._own: set[tuple[str, Address, str, str]] = set()  # own addresses as last written
         self._abandoned: dict[str, _Abandoned] = {}  # by token
+        self._barrier = threading.Lock()  # for the next two
+        self._barrier_began = 0.0  # monotonic seconds
+        self._barrier_revision = 0
         self._orphans: queue.SimpleQueue[tuple[str, Entry] | None] = queue.SimpleQueue()
         self.transactions: collections.Counter[str] = collections.Counter()  # by what they were for
         self.lost_races = 0
@@ -156,9 +157,10 @@ class Register:
                     return
                 continue
             unchanged = {key: found.revision}  # or else another network has come, and holds what would be dropped
-            if self._drop_holdings(pool, unchanged, deadline) and self._write(
-                "pool", unchanged, [Delete(key)], deadline
-            ).applied:
+            if (
+                self._drop_holdings(pool, unchanged, deadline)
+                and self._write("pool", unchanged, [Delete(key)], deadline).applied
+            ):
                 return
 
     def request_address(self, request: RequestAddress, deadline: float) -> str:
@@ -349,6 +351,23 @@ class Register:
         The barrier is a write of our own under the watched prefix: its event comes after all earlier ones. (A
         progress notification that is asked for can overtake events, etcd#15220.)
         """
+        since = time.monotonic()
+        late = EtcdUnavailable(f"pool {pool}: what etcd last wrote did not arrive in time; try again")
+        # One barrier serves all who asked before it began: with one each, they would undo one another's.
+        if not self._barrier.acquire(timeout=max(0.0, deadline - since)):
+            raise late
+        try:
+            if self._barrier_began < since:
+                began = time.monotonic()
+                self._barrier_revision = self._write_barrier(pool, deadline)
+                self._barrier_began = began
+            revision = self._barrier_revision
+        finally:
+            self._barrier.release()
+        if not self._view.wait_for(revision, deadline):
+            raise late
+
+    def _write_barrier(self, pool: Pool, deadline: float) -> int:
         key = self._keys.pool(pool, self._host)
         while True:
             found = self._read(key, deadline)
@@ -357,9 +376,7 @@ class Register:
                 continue
             commit = self._write("barrier", {key: found.revision}, [Put(key, found.value)], deadline)
             if commit.applied:
-                break
-        if not self._view.wait_for(commit.revision, deadline):
-            raise EtcdUnavailable(f"pool {pool}: what etcd last wrote did not arrive in time; try again")
+                return commit.revision
 
     # ---------------------------------------------------------------------------------------- pools
 
@@ -490,6 +507,9 @@ class Register:
                 assert lease is not None
                 commit = self._free(claim, current, lease, found.get(past_key), why, unchanged, deadline)
                 if commit.applied or commit.found[key] is None:
+                    if lease.kind == ENDPOINT and lease.token:
+                        # A try of its grant that got stuck may come through yet, now that the key is free.
+                        self._abandoned[lease.token] = _Abandoned(claim._replace(token=lease.token), _in_an_hour())
                     return True
             else:
                 assert isinstance(decision, Lease)
@@ -502,6 +522,7 @@ class Register:
                 if (there.revision if there else 0) != expected:
                     return False
             found = {past_key: found.get(past_key), **commit.found}
+            claim = self._claim(claim.pool, claim.address)  # the token of this try may have been abandoned
 
     def _settings(self, segment: str) -> Settings:
         """The segment's settings, taken before anything is decided with them: a grant compares their revision."""
@@ -525,15 +546,22 @@ class Register:
         """One transaction: the lease as it was read, and the segment's settings as they were read."""
         key = self._keys.lease(claim.pool.segment, claim.address)
         expect = {key: revision, self._keys.segment(claim.pool.segment): settings.revision, **(unchanged or {})}
+        # An orphan is what was granted for a request and is not there anyway: not one holder more or less in a
+        # lease that others share, and never the lease of an address that an interface of this host carries.
+        # (That one names the interface; to ask the kernel here could fail, and hide that the outcome is unknown.)
+        may_be_orphan = lease.token == claim.token and (
+            lease.kind == ENDPOINT or bool(lease.holders and not lease.interface)
+        )
         try:
-            return self._write("grant", expect, [Put(key, encode(lease))], deadline, proof=key)
+            commit = self._write("grant", expect, [Put(key, encode(lease))], deadline, proof=key)
         except OutcomeUnknown:
-            # An orphan is what was granted for a request and is not there anyway: not one holder more or less in a
-            # lease that others share, and never the lease of an address that an interface of this host carries.
-            granted = lease.kind == ENDPOINT or lease.holders
-            if lease.token == claim.token and granted and not self._is_carried(claim.address):
+            if may_be_orphan:
                 self._abandon(key, claim)
             raise
+        if commit.uncertain and may_be_orphan:
+            # Not ours now, but an earlier try may be written yet, should the address become free.
+            self._abandon(key, claim)
+        return commit
 
     def _free(
         self,
@@ -582,7 +610,7 @@ class Register:
 
     def _abandon(self, key: str, claim: Claim) -> None:
         """A refused request whose lease may be in etcd, or appear there yet: it is deleted when it is seen (P4)."""
-        self._abandoned[claim.token] = _Abandoned(claim, time.monotonic() + 3600)
+        self._abandoned[claim.token] = _Abandoned(claim, _in_an_hour())
         log.warning("the outcome of writing %s is not known; it is taken back when it appears", key)
         self._orphans.put((key, Entry("", self._host, claim.token, 0)))
 
@@ -601,7 +629,8 @@ class Register:
                 waiting.append(item)
             except queue.Empty:
                 now = time.monotonic()
-                for token in [token for token, each in self._abandoned.items() if each.end < now]:
+                # A copy, because requests add to it meanwhile.
+                for token in [token for token, each in list(self._abandoned.items()) if each.end < now]:
                     del self._abandoned[token]
             waiting = [each for each in waiting if not self._free_orphan(*each)]
 
@@ -630,6 +659,11 @@ class Register:
             return False
         log.warning("the abandoned lease %s appeared and was taken back", key)
         return True
+
+
+def _in_an_hour() -> float:
+    """Much longer than a paused etcd leader holds a transaction: ten seconds were seen."""
+    return time.monotonic() + 3600
 
 
 def _check_inside(pool: Pool, address: Address) -> None:

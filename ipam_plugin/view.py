@@ -80,6 +80,8 @@ class Full(NamedTuple):
     counts: str  # for the sentence
 
 
+POINTS = 16  # tries to land on a free address, each a few binary searches
+
 NO_SETTINGS = Settings(0, SegmentSettings(), "")
 
 
@@ -180,7 +182,7 @@ class View:
         self._pools: dict[str, dict[str, tuple[int, PoolUse]]] = {}  # PoolID -> host -> use
         self._forbidden: dict[str, tuple[tuple[int, int], AddressSet]] = {}
         self._cursors: dict[str, int] = {}
-        self._lost_races = 0
+        self._drawn = 0  # how many numbers were drawn: what the next one is hashed with
         self._reported: set[str] = set()
         self.revision = 0  # everything up to this revision of etcd is in the view
         self.loaded = threading.Event()  # the first list has been read
@@ -521,13 +523,17 @@ class View:
     def lost_race(self, pool: Pool) -> None:
         """Another host took the candidate first. Go on elsewhere: next to it the two would meet again."""
         with self._changed:
-            self._lost_races += 1
-            self._cursors[pool.id] = self._point(pool, self._lost_races)
+            self._cursors[pool.id] = pool.candidates.first + self._draw(pool, pool.candidates.size())
 
-    def _point(self, pool: Pool, turn: int) -> int:
-        spread = hashlib.blake2b(f"{self._host} {pool.id} {turn}".encode(), digest_size=16).digest()
-        where = pool.candidates
-        return where.first + int.from_bytes(spread) % max(1, where.size())
+    def _hashed_start(self, pool: Pool) -> int:
+        spread = hashlib.blake2b(f"{self._host} {pool.id}".encode(), digest_size=16).digest()
+        return pool.candidates.first + int.from_bytes(spread) % pool.candidates.size()
+
+    def _draw(self, pool: Pool, below: int) -> int:
+        """A number from 0 on, another one each time, and other ones on other hosts."""
+        spread = hashlib.blake2b(f"{self._host} {pool.id} {self._drawn}".encode(), digest_size=16).digest()
+        self._drawn += 1
+        return int.from_bytes(spread) % below
 
     def _next(self, pool: Pool, family: _Family) -> int | None:
         where = pool.candidates
@@ -537,14 +543,36 @@ class View:
         forbidden = self._forbidden_in(pool)
         start = self._cursors.get(pool.id)
         if start is None or not where.first <= start <= where.last:
-            start = where.first if start is not None else self._point(pool, 0)
+            start = where.first if start is not None else self._hashed_start(pool)
         for skipped in ((family.avoid, family.pending, forbidden), (family.taken, family.pending, forbidden)):
             number = next_outside(skipped, start, where.last)
             if number is None:
                 number = next_outside(skipped, where.first, start - 1)
             if number is not None:
-                return number
+                return self._apart(pool, family, skipped, number)
         return None
+
+    def _apart(self, pool: Pool, family: _Family, skipped: tuple[AddressSet, ...], number: int) -> int:
+        """The free address `number`, or, where it follows another host's, one in any other place that is free.
+
+        That host goes on at the end of its row too, and both would try each address there. So a point is drawn until
+        one is free itself; where few are, one a few free addresses on is as good as any.
+        """
+        before = family.entries.get(number - 1)
+        if before is None or before.host == self._host:
+            return number
+        where = pool.candidates
+        for _ in range(POINTS):
+            point = where.first + self._draw(pool, where.size())
+            if next_outside(skipped, point, point) is not None:
+                return point
+        further = number
+        for _ in range(self._draw(pool, POINTS)):
+            following = next_outside(skipped, further + 1, where.last)
+            if following is None:
+                break
+            further = following
+        return further
 
     def _is_pending(self, pool: Pool, family: _Family) -> bool:
         where = pool.candidates

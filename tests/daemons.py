@@ -109,14 +109,15 @@ class DaemonProcess:
     def __init__(
         self, directory: Path, endpoints: Sequence[str], *, host: str, prefix: str, state: str = "state", **config: Any
     ) -> None:
-        """`config`: further keys of the configuration. `metrics=True`: on a free port of loopback."""
+        """`config`: further keys of the configuration. `metrics`: a port of loopback, True for a free one."""
         directory.mkdir(parents=True, exist_ok=True)
         self.host = host
         self.socket = directory / "s"
         self.state = directory / state
         self.log = directory / "log"
         self.config_file = directory / "config.yaml"
-        self.metrics_port = free_ports(1)[0] if config.pop("metrics", False) else 0
+        metrics = config.pop("metrics", False)
+        self.metrics_port = free_ports(1)[0] if metrics is True else int(metrics)
         etcd = {"endpoints": list(endpoints), **config.pop("etcd", {})}
         self.config: dict[str, Any] = {
             "etcd": etcd,
@@ -141,7 +142,7 @@ class DaemonProcess:
 
     # ---- its processes
 
-    def start(self, command: Sequence[str] = COMMAND, **environment: str) -> None:
+    def start(self, command: Sequence[str] = COMMAND, pass_fds: Sequence[int] = (), **environment: str) -> None:
         """Start it and return at once. `command` takes the arguments of ipam-plugin."""
         assert self._process is None
         # What another tool's variables say (a proxy, a systemd that runs the tests) is not meant for it.
@@ -151,6 +152,7 @@ class DaemonProcess:
             [*command, "serve", "--config", str(self.config_file)],
             self.log,
             env={**kept, "PYTHONPATH": path, **environment},
+            pass_fds=pass_fds,
         )
 
     @property

@@ -1,9 +1,9 @@
 """Docker hosts in one process: a real View, Register and Flask app each, on one FakeEtcd that they share.
 
-    with Lan() as lan:
-        a = lan.host("a", bridge("192.168.1.11/24"))
-        pool = a.create("192.168.1.0/24")
-        a.run(pool)
+with Lan() as lan:
+    a = lan.host("a", bridge("192.168.1.11/24"))
+    pool = a.create("192.168.1.0/24")
+    a.run(pool)
 """
 
 from __future__ import annotations
@@ -232,14 +232,13 @@ class Lan:
     def keys(self) -> dict[str, bytes]:
         return {key: kv.value for key, kv in self.etcd.snapshot().keys.items()}
 
+    def under(self, prefix: str) -> dict[str, bytes]:
+        return {key: value for key, value in self.keys().items() if key.startswith(prefix)}
+
     def leases(self, segment: str = "default") -> dict[str, Lease]:
         """All leases that can be read, by address."""
         prefix = f"{KEYS.leases}{segment}/"
-        return {
-            key.removeprefix(prefix): decode(value, Lease)
-            for key, value in self.keys().items()
-            if key.startswith(prefix)
-        }
+        return {key.removeprefix(prefix): decode(value, Lease) for key, value in self.under(prefix).items()}
 
     def lease(self, address: str, segment: str = "default") -> Lease | None:
         return self.leases(segment).get(str(parse_address(address)))

@@ -253,7 +253,25 @@ _almost_right = st.fixed_dictionaries(
         "V6": st.one_of(st.booleans(), _any),
     },
 ).map(lambda body: json.dumps(body).encode())
-_bodies = st.one_of(_almost_right, _almost_right, st.binary(max_size=200), _any.map(lambda x: json.dumps(x).encode()))
+# Right but for its values, which are often right too: this goes deeper than the types.
+_pools = st.sampled_from([POOL, "default/192.168.1.0/24;gateway=router", "default/fd00::/64", "lab/192.168.1.0/24"])
+_plausible = st.fixed_dictionaries(
+    {
+        "PoolID": st.one_of(_pools, _pools, _pools, _nasty),
+        "Address": st.one_of(st.just(""), st.sampled_from(["192.168.1.7", "192.168.1.254", "fd00::7"]), _nasty),
+        "Pool": st.one_of(st.sampled_from(["192.168.1.0/24", "10.0.0.0/8", "fd00::/64", "10.1.1.1/32"]), _nasty),
+        "SubPool": st.one_of(st.just(""), st.sampled_from(["192.168.1.128/25", "10.0.0.0/30"]), _nasty),
+        "Options": st.one_of(
+            st.sampled_from([None, {}, GATEWAY, {MAC: "02:42:00:00:00:01"}, {NAME: "web"}, {"gateway": "router"}]),
+            st.sampled_from(
+                [{"hold": "10m", "probe": "off"}, {"exclude": "192.168.1.1-192.168.1.9"}, {NAME: "é" * 300}]
+            ),
+            st.dictionaries(st.sampled_from(["segment", "exclude", "hold", "interface", MAC, NAME]), _text, max_size=2),
+        ),
+        "V6": st.booleans(),
+    }
+).map(lambda body: json.dumps(body).encode())
+_bodies = st.one_of(_plausible, _almost_right, st.binary(max_size=200), _any.map(lambda x: json.dumps(x).encode()))
 
 
 @pytest.fixture(scope="module")
@@ -275,9 +293,7 @@ class _Tracebacks(logging.Handler):
             self.seen.append(self.format(record))
 
 
-@settings(
-    max_examples=5000, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
-)
+@settings(max_examples=5000, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(method=st.sampled_from(ENDPOINTS), body=_bodies)
 def test_no_bytes_cause_a_traceback(fuzzed: Host, method: str, body: bytes) -> None:
     """Any byte string gets an answer: 200, or a refusal in one line; never a 500, never a traceback.

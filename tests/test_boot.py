@@ -1,17 +1,13 @@
 """A whole boot: a Debian system in a container with systemd as its first process, and the units as installed.
 
-The system's tree is made once with debootstrap (two minutes) and kept in IPAM_TEST_CACHE, or
-/var/cache/ipam-plugin-tests. A service named docker.service that only asks the plugin stands for Docker.
+A service named docker.service that only asks the plugin stands for Docker; see test_readme.py for the real one.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
+import shlex
 import shutil
-import signal
 import site
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,13 +17,10 @@ import pytest
 import ipam_plugin
 from conftest import missing
 from etcd_server import until
+from tests.booted import PYTHON, SUITE, Booted, debian
+from tests.lab import Lab
 
 pytestmark = pytest.mark.root
-
-CACHE = Path(os.environ.get("IPAM_TEST_CACHE") or "/var/cache/ipam-plugin-tests")
-SUITE, PYTHON = "bookworm", (3, 11)
-PACKAGES = "systemd-sysv,dbus,python3,etcd-server,etcd-client,iproute2"
-CGROUPS = Path("/sys/fs/cgroup")
 
 COMMAND = """#!/usr/bin/python3 -I
 import sys
@@ -61,46 +54,17 @@ ExecStart=/opt/ipam-plugin/bin/ipam-plugin serve --embedded-etcd
 """
 
 
-def run(*command: str, seconds: float = 30, check: bool = True) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
-    assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
-    return (done.stdout + done.stderr).strip()
-
-
-@pytest.fixture(scope="module")
-def debian() -> Path:
-    """The root directory of a Debian system, not to be written to."""
-    if os.getuid() != 0:
-        missing("root", "booting a container needs root")
-    for program in ("systemd-nspawn", "debootstrap"):
-        if shutil.which(program) is None:
-            missing("boot", f"{program} is not installed")
-    if sys.version_info[:2] != PYTHON:
-        missing("boot", f"the packages of this Python do not fit the one of {SUITE}, which is 3.11")
-    tree = CACHE / SUITE
-    if not tree.is_dir():
-        fresh = CACHE / f"{SUITE}.{os.getpid()}"
-        CACHE.mkdir(parents=True, exist_ok=True)
-        try:
-            run("debootstrap", "--variant=minbase", f"--include={PACKAGES}", SUITE, str(fresh), seconds=900)
-            fresh.rename(tree)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
-    return tree
-
-
 class System:
-    """A booted container; commands run in it."""
+    """A booted machine; commands run in it."""
 
-    def __init__(self, root: Path, leader: int) -> None:
-        self.root = root
-        self._leader = str(leader)
+    def __init__(self, machine: Booted) -> None:
+        self.root = machine.root
+        self.show = machine.show
+        self._machine = machine
 
     def __call__(self, *command: str, seconds: float = 30, check: bool = True) -> str:
-        return run("nsenter", "-t", self._leader, "-m", "-u", "-i", "-n", "-p", *command, seconds=seconds, check=check)
-
-    def show(self, unit: str, name: str) -> str:
-        return self("systemctl", "show", "--value", "-p", name, unit)
+        done = self._machine(shlex.join(command), seconds, check)
+        return (done.stdout + done.stderr).strip()
 
     def restart(self) -> None:
         self("systemctl", "daemon-reload")
@@ -108,22 +72,24 @@ class System:
 
 
 @pytest.fixture(scope="module")
-def system(debian: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
-    """The Debian system with the package in /opt, installed by its own command, booted."""
-    base = tmp_path_factory.mktemp("boot")
-    root = base / "root"
-    for name in ("upper", "work", "root"):
-        (base / name).mkdir()
-    overlay = f"lowerdir={debian},upperdir={base}/upper,workdir={base}/work"
-    with contextlib.ExitStack() as rest:
-        run("mount", "-t", "overlay", "overlay", "-o", overlay, str(root))
-        rest.callback(run, "umount", str(root))
-        _install(root)
-        yield System(root, _boot(root, rest))
+def system() -> Iterator[System]:
+    """A Debian system with the package in /opt, installed by its own command, booted."""
+    tree = debian()
+    if sys.version_info[:2] != PYTHON:
+        missing("boot", f"the packages of this Python do not fit the one of {SUITE}, which is 3.11")
+    with Lab(hosts=0, machines=0, etcd=0, router=False) as lab:
+        machine = Booted("booted", lab.directory / "booted", tree)
+        try:
+            machine.power_on()
+            _install(machine)
+            machine.boot()
+            yield System(machine)
+        finally:
+            machine.power_off()
 
 
-def _install(root: Path) -> None:
-    package = root / "opt/ipam-plugin"
+def _install(machine: Booted) -> None:
+    package = machine.root / "opt/ipam-plugin"
     (package / "bin").mkdir(parents=True)
     for path in site.getsitepackages():
         shutil.copytree(path, package / "lib", dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
@@ -131,71 +97,10 @@ def _install(root: Path) -> None:
     shutil.copytree(ours, package / "lib/ipam_plugin", dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     (package / "bin/ipam-plugin").write_text(COMMAND)
     (package / "bin/ipam-plugin").chmod(0o755)
-    (root / "opt/docker.py").write_text(DOCKER_PROGRAM)
-    (root / "etc/systemd/system/docker.service").write_text(DOCKER)
-    (root / "etc/hosts").write_text("127.0.0.1 localhost\n")
-    (root / "etc/hostname").write_text("booted\n")
-    said = run("chroot", str(root), "/opt/ipam-plugin/bin/ipam-plugin", "install")
-    assert "user ipam-plugin made" in said
-    units = ("ipam-plugin.socket", "ipam-plugin.service", "docker.service")
-    run("chroot", str(root), "systemctl", "enable", *units)
-
-
-def _boot(root: Path, rest: contextlib.ExitStack) -> int:
-    """Boots; returns the process id of the container's init. `rest` ends it and what it leaves."""
-    command = ["systemd-nspawn", "-q", "-D", str(root), "--boot", "--register=no", "--private-network"]
-    command += ["--console=pipe", "--kill-signal=SIGRTMIN+4", "--hostname=booted"]
-    if not Path("/run/systemd/system").is_dir():
-        # Nobody makes a unit with a control group for it, so it gets one here.
-        command.append("--keep-unit")
-        groups = [CGROUPS / name / f"ipam-boot-{os.getpid()}" for name in ("systemd", "unified")]
-        groups = [group for group in groups if group.parent.is_dir()] or [CGROUPS / f"ipam-boot-{os.getpid()}"]
-        for group in groups:
-            group.mkdir()
-            rest.callback(_remove_group, group)
-        enter = "".join(f"echo $$ > {group}/cgroup.procs && " for group in groups)
-        command = ["sh", "-c", f'{enter}exec "$@"', "sh", *command]
-    console = rest.enter_context((root.parent / "console").open("wb"))
-    nspawn = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT, start_new_session=True
-    )
-    rest.callback(_end, nspawn)
-
-    def leader() -> int:
-        assert nspawn.poll() is None, (root.parent / "console").read_text(errors="replace")
-        # Before the container's init it has other children, that end again.
-        for pid in run("pgrep", "-P", str(nspawn.pid), "-x", "systemd", check=False).split():
-            if "booted" in System(root, int(pid))("hostname", check=False):
-                return int(pid)
-        return 0
-
-    init: int = until(leader, "the container's init", 30)
-    system = System(root, init)
-    until(lambda: system("systemctl", "is-system-running", check=False) in ("running", "degraded"), "the boot", 120)
-    return init
-
-
-def _end(nspawn: subprocess.Popen[bytes]) -> None:
-    nspawn.send_signal(signal.SIGTERM)  # asks the container to power off
-    try:
-        nspawn.wait(40)
-    except subprocess.TimeoutExpired:
-        nspawn.kill()
-        nspawn.wait(10)
-
-
-def _remove_group(group: Path) -> None:
-    for path in sorted((path for path in group.rglob("*") if path.is_dir()), reverse=True):
-        path.rmdir()
-    until(lambda: _removed(group), f"the end of {group}")
-
-
-def _removed(group: Path) -> bool:
-    try:
-        group.rmdir()
-    except OSError:
-        return False
-    return True
+    (machine.root / "opt/docker.py").write_text(DOCKER_PROGRAM)
+    (machine.root / "etc/systemd/system/docker.service").write_text(DOCKER)
+    assert "user ipam-plugin made" in machine.chroot("/opt/ipam-plugin/bin/ipam-plugin", "install")
+    machine.chroot("systemctl", "enable", "ipam-plugin.socket", "ipam-plugin.service", "docker.service")
 
 
 def test_docker_starts_after_the_daemon_is_ready(system: System) -> None:
@@ -237,6 +142,7 @@ def test_a_killed_daemon_is_back_and_the_socket_never_goes(system: System) -> No
 
 def test_the_embedded_etcd_runs_hardened(system: System) -> None:
     """With --embedded-etcd in a drop-in, etcd starts under the same restrictions, and ends with the daemon."""
+    etcds = "cat /proc/[0-9]*/comm 2>/dev/null | grep -cx etcd"
     drop_in = system.root / "etc/systemd/system/ipam-plugin.service.d"
     system("systemctl", "disable", "--now", "etcd.service")
     drop_in.mkdir()
@@ -245,12 +151,13 @@ def test_the_embedded_etcd_runs_hardened(system: System) -> None:
         system.restart()
         assert "serving" in system.show("ipam-plugin.service", "StatusText")
         assert system("stat", "-c", "%a %U", "/var/lib/ipam-plugin/etcd") == "700 ipam-plugin"
-        assert system("pgrep", "-u", "ipam-plugin", "-x", "etcd")
+        assert system("sh", "-c", etcds) == "1"
         main = system.show("ipam-plugin.service", "MainPID")
-        system("kill", "-9", main)
+        system("systemctl", "kill", "--kill-who=main", "--signal=KILL", "ipam-plugin.service")
         until(lambda: system.show("ipam-plugin.service", "MainPID") not in ("0", main), "the restart")
         until(lambda: system.show("ipam-plugin.service", "ActiveState") == "active", "the daemon", 60)
-        assert len(system("pgrep", "-u", "ipam-plugin", "-x", "etcd").split()) == 1
+        until(lambda: "serving" in system.show("ipam-plugin.service", "StatusText"), "its register")
+        assert system("sh", "-c", etcds) == "1"
     finally:
         shutil.rmtree(drop_in)
         system("systemctl", "stop", "ipam-plugin.service")  # and so the etcd that has the port

@@ -10,13 +10,15 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from ipaddress import ip_address
 from typing import Any
 
+from ipam_plugin.addresses import Range
 from ipam_plugin.etcd import Etcd, EtcdSettings, Put
 from ipam_plugin.model import Pool
 
 from .measure import Row, Scale, take_turns
-from .stage import Daemon, Docker, Stage, lease
+from .stage import Daemon, Stage, lease
 
 EMPTY = "198.18.0.0/16"
 
@@ -66,16 +68,19 @@ def full_pool(stage: Stage, scale: Scale) -> list[Row]:
             sides.append(lambda docker=each.docker, pool_id=pool_id: docker.request_address(pool_id))
         over, under = take_turns(sides, scale.rounds, block)
     how = f"{taken} of {size} taken at the start, at random; {taken + requests} at the end"
-    return [Row.ratio(f"RequestAddress, /{scale.full_prefix} {scale.fill:.0%} full / empty, p50", over, under, 0.5, 1.2, how)]
+    return [
+        Row.ratio(
+            f"RequestAddress, /{scale.full_prefix} {scale.fill:.0%} full / empty, p50", over, under, 0.5, 1.2, how
+        )
+    ]
 
 
 def transactions(stage: Stage, scale: Scale) -> list[Row]:
     """etcd transactions inside requests per address, daemons filling one pool at once to the last address."""
     with stage.daemons(scale.daemons, stage.fresh_keys()) as daemons:
-        pool_ids = [each.docker.request_pool(*exact_pool(scale.pool)[:1], **exact_pool(scale.pool)[1]) for each in daemons]
-        took, addresses = ask_all(daemons, pool_ids[0], scale.pool, in_flight=4)
-        sent = sum(each.counter("ipam_plugin_etcd_transactions_total", "grant", "barrier") for each in daemons)
-        lost = sum(_plain(each, "ipam_plugin_lost_races_total") for each in daemons)
+        took, addresses = ask_all(daemons, same_pool(daemons, scale.pool), scale.pool, in_flight=4)
+        sent = sum(each.transactions("grant", "barrier") for each in daemons)
+        lost = sum(each.metric("ipam_plugin_lost_races_total") for each in daemons)
     value = sent / len(addresses)
     return [
         Row(
@@ -95,14 +100,12 @@ def exact(stage: Stage, scale: Scale) -> list[Row]:
     rows = []
     for in_flight in (1, scale.exact_pool // scale.exact_daemons):
         with stage.daemons(scale.exact_daemons, stage.fresh_keys()) as daemons:
-            subnet, options = exact_pool(scale.exact_pool)
-            pool_ids = {each.docker.request_pool(subnet, **options) for each in daemons}
-            took, _ = ask_all(daemons, pool_ids.pop(), scale.exact_pool, in_flight)
+            took, _ = ask_all(daemons, same_pool(daemons, scale.exact_pool), scale.exact_pool, in_flight)
         baseline = bare_at_once(stage, scale.exact_daemons, in_flight, scale.exact_pool)
         at_once = "one request at a time each" if in_flight == 1 else "all requests at once"
         rows.append(
             Row.limit(
-                f"{scale.exact_pool} addresses of a pool of {scale.exact_pool}, {scale.exact_daemons} daemons, {at_once}",
+                f"all {scale.exact_pool} addresses of a pool, {scale.exact_daemons} daemons, {at_once}",
                 took,
                 "s",
                 baseline,
@@ -113,23 +116,15 @@ def exact(stage: Stage, scale: Scale) -> list[Row]:
     return rows
 
 
-def exact_pool(size: int) -> tuple[str, dict[str, str]]:
-    """A subnet and options that leave exactly `size` addresses."""
+def same_pool(daemons: Sequence[Daemon], size: int) -> str:
+    """The PoolID of one pool of exactly `size` addresses that all these daemons use."""
     prefix = 32 - (size + 1).bit_length()
-    subnet = f"198.18.0.0/{prefix}"
-    where = Pool.make(subnet, "", {}, "default").candidates
-    spare = where.size() - size
-    if not spare:
-        return subnet, {}
-    first = where.first
-    last = Pool.make(subnet, "", {}, "default").subnet.network_address + spare
-    exclude = f"{Pool.make(subnet, '', {}, 'default').subnet.network_address + 1}-{last}"
-    assert int(last) == first + spare - 1
-    return subnet, {"exclude": exclude}
-
-
-def _plain(daemon: Daemon, name: str) -> float:
-    return sum(float(line.split()[1]) for line in daemon._metrics().splitlines() if line.startswith(f"{name} "))
+    where = Pool.make(f"198.18.0.0/{prefix}", "", {}, "default").candidates
+    spare = Range(4, where.first, where.last - size)
+    options = {"exclude": f"{ip_address(spare.first)}-{ip_address(spare.last)}"} if spare.size() else {}
+    (pool_id,) = {each.docker.request_pool(f"198.18.0.0/{prefix}", **options) for each in daemons}
+    assert Pool.parse(pool_id).candidates.size() - sum(each.size() for each in Pool.parse(pool_id).exclude) == size
+    return pool_id
 
 
 def ask_all(daemons: Sequence[Daemon], pool_id: str, count: int, in_flight: int) -> tuple[float, list[str]]:
@@ -184,7 +179,9 @@ def bare_at_once(stage: Stage, processes: int, threads: int, count: int) -> floa
     share = count // processes
     workers = [
         context.Process(
-            target=_create, args=(stage.settings, f"/bare/{time.time_ns()}/{number}/", threads, share, start, end), daemon=True
+            target=_create,
+            args=(stage.settings, f"/bare/{time.time_ns()}/{number}/", threads, share, start, end),
+            daemon=True,
         )
         for number in range(processes)
     ]

@@ -7,25 +7,21 @@ import ipaddress
 import json
 import random
 import secrets
-import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import msgspec
 
+from daemons import DaemonProcess
+from etcd_server import EtcdCluster, until
 from ipam_plugin.etcd import Etcd, EtcdSettings, Put
 from ipam_plugin.model import ENDPOINT, Keys, Lease, Pool, encode
-from tests.etcd_server import EtcdCluster, free_ports, start_process, stop_process, until
-
-from .measure import ROOT
 
 LAN = "198.18.0.0/15"
 """Where the pools of the benchmarks are: for benchmarks (RFC 2544), so no interface of this machine has it."""
@@ -168,7 +164,8 @@ class Stage:
     def daemon(self, keys: Keys) -> Daemon:
         """One that is not started yet."""
         self._count += 1
-        return Daemon(self.directory / f"d{self._count}", f"bench-{self._count}", keys, self.etcd.endpoints)
+        number = self._count
+        return Daemon(self.directory / f"d{number}", self.etcd.endpoints, host=f"bench-{number}", prefix=keys.prefix)
 
     def write(self, puts: list[Put]) -> None:
         for begin in range(0, len(puts), TRANSACTION):
@@ -179,7 +176,9 @@ class Stage:
         pool = Pool.make(subnet, "", {}, "default")
         where = pool.candidates
         numbers = random.Random(subnet).sample(range(where.first, where.last + 1), count)
-        self.write([Put(keys.lease("default", ipaddress.ip_address(each)), lease(pool, each, host)) for each in numbers])
+        self.write(
+            [Put(keys.lease("default", ipaddress.ip_address(each)), lease(pool, each, host)) for each in numbers]
+        )
 
 
 def lease(pool: Pool, number: int, host: str) -> bytes:
@@ -197,100 +196,56 @@ def lease(pool: Pool, number: int, host: str) -> bytes:
     )
 
 
-class Daemon:
-    """`ipam-plugin serve` as a process of its own, for one host, probing off, all else as it is installed."""
+class Daemon(DaemonProcess):
+    """A daemon for one host, probing off, all else as it is installed."""
 
-    def __init__(self, directory: Path, name: str, keys: Keys, endpoints: tuple[str, ...]) -> None:
-        directory.mkdir()
-        self.name = name
-        self.socket = directory / "s"
-        self.log = directory / "log"
+    def __init__(self, directory: Path, endpoints: Sequence[str], *, host: str, prefix: str) -> None:
+        super().__init__(directory, endpoints, host=host, prefix=prefix, docker={"reconcile": False}, metrics=True)
         self.docker = Docker(self.socket)
-        self._directory = directory
-        self._keys = keys
-        self._endpoints = endpoints
-        self._metrics_port = 0
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Return at once."""
-        (self._metrics_port,) = free_ports(1)
-        config = {
-            "host": self.name,
-            "socket": str(self.socket),
-            "state_dir": str(self._directory / "state"),
-            "prefix": self._keys.prefix,
-            "etcd": {"endpoints": list(self._endpoints)},
-            "probe": "off",
-            "docker": {"reconcile": False},
-            "metrics": {"listen": f"127.0.0.1:{self._metrics_port}"},
-        }
-        file = self._directory / "config.yaml"
-        file.write_text(json.dumps(config))  # JSON is YAML
-        command = [sys.executable, "-m", "ipam_plugin", "serve", "--config", str(file)]
-        self._process = start_process(command, self.log, cwd=ROOT)
 
     def wait_until_serving(self) -> None:
-        until(lambda: self._running() and "ipam_plugin_serving 1" in self._metrics(), f"{self.name} serves", 90)
-
-    def _running(self) -> bool:
-        assert self._process is not None
-        if self._process.poll() is not None:
-            raise AssertionError(f"daemon {self.name} ended:\n{self.log.read_text()[-3000:]}")
-        return True
+        self.wait_answering()
+        until(lambda: self.metric("ipam_plugin_serving") == 1, f"{self.host} serves", 90)
 
     def stop(self) -> None:
         """As systemd stops it."""
-        if self._process is not None:
-            self._process.send_signal(signal.SIGTERM)
-            self._process.wait(30)
-        self.kill()
+        self.docker.close()
+        self.terminate()
+        self.wait()
 
     def kill(self) -> None:
         self.docker.close()
-        if self._process is not None:
-            stop_process(self._process)
-            self._process = None
+        super().kill()
 
     def first_address(self, pool_id: str) -> str:
         """Ask from the moment there is a socket; the daemon lets the request wait until it can be served."""
         deadline = time.monotonic() + 60
         while True:
-            self._running()
             try:
                 return self.docker.request_address(pool_id)
             except (FileNotFoundError, ConnectionRefusedError):
-                assert time.monotonic() < deadline, f"{self.name} does not listen"
+                assert time.monotonic() < deadline, f"{self.host} does not listen:\n{self.text()[-3000:]}"
                 time.sleep(0.002)
 
-    def counter(self, name: str, *labels: str) -> float:
-        """The sum of a metric's samples whose labels contain one of `labels`."""
+    def transactions(self, *purposes: str) -> float:
+        """What its requests sent to etcd, by what it was for."""
         return sum(
-            float(line.rsplit(None, 1)[1])
-            for line in self._metrics().splitlines()
-            if line.startswith(f"{name}{{") and any(f'"{each}"' in line for each in labels)
+            float(line.rpartition(" ")[2])
+            for line in self.metrics().splitlines()
+            if any(line.startswith(f'ipam_plugin_etcd_transactions_total{{purpose="{each}"}}') for each in purposes)
         )
-
-    def _metrics(self) -> str:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self._metrics_port}/metrics", timeout=10) as answer:
-                return str(answer.read().decode())
-        except OSError:
-            return ""
 
     def memory(self) -> tuple[float, float]:
         """Megabytes of master and worker: what they use, shared pages divided among all who map them (PSS), and what
         they would use if nobody else mapped anything of theirs.
         """
-        assert self._process is not None
-        master = self._process.pid
-        children = Path(f"/proc/{master}/task/{master}/children").read_text().split()
-        usage = [_rollup(pid) for pid in (str(master), *children)]
+        workers = [each for each in self.processes() if each != self.pid]
+        usage = [_rollup(each) for each in (self.pid, *workers)]
         alone = usage[0]["Private_Clean"] + usage[0]["Private_Dirty"] + sum(each["Rss"] for each in usage[1:])
         return sum(each["Pss"] for each in usage) / 1024, alone / 1024
 
 
-def _rollup(pid: str) -> dict[str, int]:
+def _rollup(pid: int) -> dict[str, int]:
     """Kilobytes by kind (proc(5), smaps_rollup)."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
     return {line.split(":")[0]: int(line.split()[1]) for line in lines}

@@ -1,0 +1,257 @@
+"""Debian machines that really boot: systemd as their first process, in the namespaces of a machine of the lab.
+
+The system's tree is made once with debootstrap (one to four minutes) and kept in IPAM_TEST_CACHE, or
+/var/cache/ipam-plugin-tests, beside the wheels of the packages that this project needs. A machine only
+writes to an overlay of its own. As everything in the lab it ends with the process that made it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import uuid
+from pathlib import Path
+from typing import Any
+
+from conftest import missing
+from tests.lab import ROUTER4, ROUTER6, Command, LabError, Result, Service, Switch, until
+from tests.lab import missing as lab_missing
+from tests.lab.machines import CGROUPS, Place, remove_cgroups
+from tests.lab.node import ROOT, Node, ServiceEnded, children
+
+CACHE = Path(os.environ.get("IPAM_TEST_CACHE") or "/var/cache/ipam-plugin-tests")
+SUITE, PYTHON = "bookworm", (3, 11)
+PACKAGES = "systemd-sysv,dbus,python3-venv,iproute2,iputils-ping,etcd-server,etcd-client,docker.io"
+
+WHEELS = "/opt/wheels"
+"""Where a machine finds the wheels; its pip asks nobody else."""
+
+SHELL = {
+    "HOME": "/root",
+    "LANG": "C.UTF-8",
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "TERM": "dumb",
+    "USER": "root",
+}
+"""What a login of root's sets."""
+
+# A container may not write to control groups of version 1, unless it says so once more.
+CGROUPS_FOR_DOCKER = """[Service]
+ExecStartPre=/bin/sh -c 'for d in /sys/fs/cgroup/*/; do mount -o remount,bind,rw $d 2>/dev/null || true; done'
+"""
+
+
+def debian() -> Path:
+    """The root directory of a Debian system with Docker and etcd, not to be written to. Skips where it cannot be."""
+    if os.getuid() != 0:
+        missing("root", "booting a container needs root")
+    why = lab_missing(etcd=False)
+    if why is not None:
+        missing("boot", why)
+    for program in ("systemd-nspawn", "debootstrap"):
+        if shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin") is None:
+            missing("boot", f"{program} is not installed")
+    tree = CACHE / f"{SUITE}-{_digest(PACKAGES)}"
+    if not tree.is_dir():
+        with _fresh(tree) as fresh:
+            _run("debootstrap", "--variant=minbase", f"--include={PACKAGES}", SUITE, str(fresh), seconds=900)
+            for package in (fresh / "var/cache/apt/archives").glob("*.deb"):
+                package.unlink()
+    return tree
+
+
+def wheels() -> Path:
+    """A directory of wheels: what this project needs to be installed and to run, for the Python of `debian()`."""
+    if sys.version_info[:2] != PYTHON:
+        missing("boot", f"the packages of this Python do not fit the one of {SUITE}, which is 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    needed = sorted([*project["build-system"]["requires"], *project["project"]["dependencies"]])
+    directory = CACHE / f"wheels-{_digest(*needed)}"
+    if not directory.is_dir():
+        with _fresh(directory) as fresh:
+            _run(sys.executable, "-m", "pip", "wheel", "--quiet", "--wheel-dir", str(fresh), *needed, seconds=600)
+    return directory
+
+
+def checkout(target: Path) -> None:
+    """A copy of this project's files as they stand, without what was built from them."""
+    built = ("__pycache__", ".*_cache", ".git", ".venv", ".hypothesis", "build", "*.egg-info")
+    shutil.copytree(ROOT, target, symlinks=True, ignore=shutil.ignore_patterns(*built))
+
+
+def _digest(*words: str) -> str:
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()[:8]
+
+
+@contextlib.contextmanager
+def _fresh(target: Path) -> Any:
+    """A directory that becomes `target` when all went well, else nothing."""
+    fresh = target.with_name(f"{target.name}.{os.getpid()}")
+    try:
+        fresh.mkdir(parents=True)
+        yield fresh
+        fresh.rename(target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _run(*command: str, seconds: float) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+    if done.returncode != 0:
+        raise LabError(f"{' '.join(command)}: status {done.returncode}: {(done.stdout + done.stderr)[-2000:]}")
+
+
+class Booted(Node):
+    """A machine with systemd. What survives a power cut is `disk`, which lies over the tree, and /var/lib/docker."""
+
+    def __init__(self, name: str, directory: Path, tree: Path) -> None:
+        super().__init__(name, directory)
+        self.disk = directory / "disk"
+        self.cgroup = f"{directory.parent.name}/{name}"
+        self._tree = tree
+        self._leader = 0
+        self._nspawn: Service | None = None
+        for part in ("disk", "work", "root", "docker"):
+            (directory / part).mkdir(parents=True)
+        self._install()
+
+    def _install(self) -> None:
+        self.write("/etc/hostname", f"{self.name}\n")
+        self.write("/etc/hosts", f"127.0.0.1 localhost\n127.0.1.1 {self.name}\n")
+        self.write("/etc/machine-id", f"{uuid.uuid4().hex}\n")
+        self.write("/etc/resolv.conf", f"nameserver {ROUTER4}\n")
+        self.write("/etc/pip.conf", f"[global]\nno-index = true\nfind-links = {WHEELS}\n")
+        self.write("/etc/systemd/system/docker.service.d/cgroups.conf", CGROUPS_FOR_DOCKER)
+        for timer in ("apt-daily", "apt-daily-upgrade"):  # each holds apt's lock at a time of its own choosing
+            (self.disk / f"etc/systemd/system/{timer}.timer").symlink_to("/dev/null")
+
+    def write(self, path: str, text: str) -> None:
+        """A file of its disk, before the boot."""
+        file = self.disk / path.lstrip("/")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+    # Life
+
+    def connect(self) -> None:
+        """What cables and addresses it has when systemd starts: none but lo here."""
+        self.ip("link set lo up")
+
+    def power_on(self, **plan: Any) -> None:
+        """Without its systemd: its files can be seen and commands run there with chroot(8), see `root`."""
+        super().power_on(**plan)
+        self.connect()
+        # In namespaces of its own, so nspawn's locks and mounts end with the machine.
+        overlay = f"lowerdir={self._tree},upperdir={self.disk},workdir={self.directory}/work"
+        self.run("mount", "-t", "tmpfs", "tmpfs", "/run")
+        self.run("mount", "-t", "overlay", "overlay", "-o", overlay, str(self.directory / "root"))
+
+    @property
+    def root(self) -> Path:
+        """Its root directory as it is now, to be read and written from outside, while it is on."""
+        return Path(f"/proc/{self.pid}/root{self.directory}/root")
+
+    def chroot(self, *command: str) -> str:
+        """What a command prints that runs in its files, before the boot."""
+        return self.run("env", "-C", "/", "chroot", str(self.directory / "root"), *command).stdout.strip()
+
+    def boot(self, *options: str, within: float = 120) -> None:
+        """Boots, and waits until systemd says that all units were started. `options`: of systemd-nspawn."""
+        if not self.on:
+            self.power_on()
+        self._nspawn = self.serve(
+            "nspawn",
+            *("sh", "-c", f'{self._enter_cgroups()}exec "$@"', "sh"),
+            *("systemd-nspawn", "--quiet", "--boot", "--register=no", "--keep-unit", "--console=pipe"),
+            *("-D", str(self.directory / "root"), f"--machine={self.name}", f"--hostname={self.name}"),
+            *("--network-namespace-path=/proc/self/ns/net", "--resolv-conf=off", "--timezone=off"),
+            *("--capability=all", "--system-call-filter=add_key keyctl bpf"),  # what dockerd's containers need
+            f"--bind={self.directory}/docker:/var/lib/docker",  # Docker cannot put an overlay on one
+            *options,
+            env={"SYSTEMD_NSPAWN_API_VFS_WRITABLE": "network"},  # dockerd sets ip_forward
+        )
+        self._leader = until(self._find_leader, 30, f"{self.name}: systemd runs")
+        until(self._is_up, within, f"{self.name} has booted", pause=0.1)
+
+    def _find_leader(self) -> int:
+        service = self._nspawn
+        if service is None or not service.alive:
+            raise ServiceEnded(f"{self.name}: {service.tail() if service else 'is off'}")
+        # Until it has become systemd, it is not in all its namespaces; and it is not nspawn's first child.
+        names = {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in children(service.pid)}
+        return next((pid for pid, name in names.items() if name == "systemd"), 0)
+
+    def _is_up(self) -> bool:
+        return self("systemctl is-system-running", check=False).stdout.strip() in ("running", "degraded")
+
+    def _enter_cgroups(self) -> str:
+        """Shell commands that put the shell into control groups of its own, in every hierarchy."""
+        entered = []
+        for top in [CGROUPS, *CGROUPS.iterdir()]:
+            if not (top / "cgroup.procs").is_file() or top.is_symlink():
+                continue
+            directory = top
+            for part in Path(self.cgroup).parts:
+                with contextlib.suppress(OSError):  # version 2: else no controller is to be had below
+                    names = (directory / "cgroup.controllers").read_text().split()
+                    (directory / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in names))
+                directory /= part
+                directory.mkdir(exist_ok=True)
+                for file in ("cpuset.cpus", "cpuset.mems"):  # version 1: empty at first, and then nobody can enter
+                    with contextlib.suppress(OSError):
+                        if not (directory / file).read_text().strip():
+                            (directory / file).write_text((directory.parent / file).read_text())
+            entered.append(f"echo 0 >{directory}/cgroup.procs && ")
+            if top == CGROUPS:  # version 2 alone; the others are folders of it
+                break
+        return "".join(entered)
+
+    def power_off(self) -> None:
+        super().power_off()
+        remove_cgroups(self.cgroup)
+
+    # Commands
+
+    def start(self, line: str, cwd: str = "/root") -> Command:
+        """Starts what root types there into a new shell, and does not wait."""
+        if not self._leader or not self.on:
+            raise LabError(f"{self.name} is off")
+        login = [f"{name}={value}" for name, value in SHELL.items()]
+        words = ["nsenter", "-t", str(self._leader), "-m", "-u", "-i", "-n", "-p", "--", "env", "-i", "-C", cwd, *login]
+        return Command([*words, "setsid", "bash", "-c", line], f"{self.name}# {line}")
+
+    def __call__(self, line: str, timeout: float = 30, check: bool = True, cwd: str = "/root") -> Result:
+        """What a line typed there leaves. Raises CommandError (unless `check` is False), CommandTimeout."""
+        return self.start(line, cwd).result(timeout, check)
+
+    def show(self, unit: str, name: str) -> str:
+        """A property of a systemd unit."""
+        return self(f"systemctl show --value -p {name} {unit}").stdout.strip()
+
+
+class BootedHost(Booted):
+    """A Docker host as README wants it: the network card is a port of br0, which carries the host's addresses."""
+
+    def __init__(self, name: str, directory: Path, tree: Path, switch: Switch, place: Place) -> None:
+        super().__init__(name, directory, tree)
+        self.place = place
+        self._switch = switch
+
+    def connect(self) -> None:
+        super().connect()
+        self.sh("for f in /proc/sys/net/bridge/bridge-nf-call-ip*; do [ ! -e $f ] || echo 1 >$f; done")
+        self.plug(self._switch, "eth0", self.place.mac)
+        self.ip(
+            f"link add br0 address {self.place.mac} type bridge",
+            "link set eth0 master br0",
+            "link set eth0 up",
+            "link set br0 up",
+            *self.place.lines("br0"),
+            f"route add default via {ROUTER4}",
+            f"route add default via {ROUTER6}",
+        )

@@ -1,0 +1,482 @@
+"""Who this host is: its name, the directory that keeps it, and the heartbeat that only one daemon may have."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import ipaddress
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fakes import FakeEtcd, Fault
+from ipam_plugin import host as host_module
+from ipam_plugin.errors import ConfigError, NotServing
+from ipam_plugin.etcd import Delete, KeyValue, Put
+from ipam_plugin.host import HEARTBEAT, Predecessor, Presence, StateDir, host_name, predecessor
+from ipam_plugin.interfaces import InterfaceAddress
+from ipam_plugin.model import ENDPOINT, NAME, Alive, Host, Keys, Lease, decode, encode
+from ipam_plugin.register import Register
+from ipam_plugin.view import View
+from properties import refusal
+
+KEYS = Keys("/p/")
+CARRIER = InterfaceAddress(ipaddress.ip_address("10.0.0.2"), 24, "br0", "52:54:00:00:00:01", bridge=True, up=True)
+STRANGER = Alive("a", machine_id="another-machine", boot_id="b", process="p", state="s", pid=7, since="yesterday")
+
+
+def until(condition: Callable[[], object], what: str, seconds: float = 20) -> None:
+    """Wait for a condition; fail when it does not come."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s: {what}"
+        time.sleep(0.005)
+
+
+def soon() -> float:
+    return time.monotonic() + 5
+
+
+# --- the name ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("configured", "hostname", "kept", "name", "warned"),
+    [
+        ("cfg", "machine", "", "cfg", False),
+        ("cfg", "machine", "old", "cfg", False),
+        (None, "machine", "", "machine", False),
+        (None, "machine", "machine", "machine", False),
+        (None, "renamed", "machine", "machine", True),
+        (None, "-", "machine", "machine", False),
+    ],
+)
+def test_the_name_of_a_host(configured: str | None, hostname: str, kept: str, name: str, warned: bool) -> None:
+    """Section 8: the configuration decides, then the name that was kept; a new hostname changes nothing, and warns."""
+    found, warning = host_name(configured, hostname, kept)
+    assert found == name
+    assert bool(warning) == warned
+    if warned:
+        assert hostname in warning
+        assert kept in warning
+
+
+@given(st.text(max_size=70), st.sampled_from(("", "kept", "a/b", "..")))
+def test_a_name_that_cannot_be_one_is_refused(hostname: str, kept: str) -> None:
+    """The name becomes part of keys: a hostname, or a damaged file, that is none stops the start with the cure."""
+    refused = refusal(ConfigError, host_name, None, hostname, kept)
+    if refused:
+        assert refused.startswith(("host: ", "state_dir: "))
+    else:
+        assert NAME.fullmatch(host_name(None, hostname, kept)[0])
+
+
+ME = Alive("a", machine_id="m", boot_id="b", process="me", state="s1", pid=10, pid_namespace="n", pid_started="5")
+
+
+@pytest.mark.parametrize(
+    ("change", "exists", "expected"),
+    [
+        ({"process": "me"}, True, Predecessor.SELF),
+        ({}, True, Predecessor.UNKNOWN),
+        ({}, False, Predecessor.GONE),
+        ({"state": "s1"}, True, Predecessor.GONE),
+        ({"state": "s1", "machine_id": "clone"}, True, Predecessor.UNKNOWN),
+        ({"state": "s1", "boot_id": "before"}, False, Predecessor.UNKNOWN),
+        ({"machine_id": "other"}, False, Predecessor.UNKNOWN),
+        ({"boot_id": "before"}, False, Predecessor.UNKNOWN),
+        ({"pid_namespace": "container"}, False, Predecessor.UNKNOWN),
+        ({"pid": 0}, False, Predecessor.UNKNOWN),
+        ({"state": "", "pid": 0}, False, Predecessor.UNKNOWN),
+    ],
+)
+def test_what_a_heartbeat_says_of_its_maker(change: dict[str, object], exists: bool, expected: Predecessor) -> None:
+    """Section 8: taken over at once only what is gone for certain: this machine, this boot, and the process is no more
+    or had the very state_dir that is locked here now. Everything else is waited for.
+    """
+    alive = msgspec.structs.replace(ME, **{"process": "other", "state": "s2", **change})
+    assert predecessor(alive, ME, lambda pid, started: exists) is expected
+
+
+def test_no_heartbeat() -> None:
+    """Nobody was there, or it has ended."""
+    assert predecessor(None, ME, lambda pid, started: True) is Predecessor.NONE
+
+
+# --- the directory -------------------------------------------------------------------------------------
+
+
+def test_the_state_directory_keeps_what_was_written(tmp_path: Path) -> None:
+    """A restarted daemon finds its name and its token again; nobody else can read the directory."""
+    first = StateDir(str(tmp_path / "deep" / "state"))
+    assert first.read("host") == ""
+    first.write("host", "a")
+    again = StateDir(str(tmp_path / "deep" / "state"))
+    assert again.read("host") == "a"
+    assert first.token() == again.token() != StateDir(str(tmp_path / "other")).token()
+    assert (tmp_path / "deep" / "state").stat().st_mode & 0o777 == 0o700
+    assert {each.name for each in again.path.iterdir()} == {"host", "token", "lock"}
+
+
+def test_a_damaged_file_is_not_taken_for_an_absent_one(tmp_path: Path) -> None:
+    """A host that lost its name would start under another one and strand its leases: it refuses, naming the file."""
+    state = StateDir(str(tmp_path))
+    (tmp_path / "host").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"^state_dir: .*/host cannot be read"):
+        state.read("host")
+    (tmp_path / "host").unlink()
+    (tmp_path / "host").mkdir()
+    with pytest.raises(ConfigError, match=r"^state_dir: .*/host cannot be read"):
+        state.read("host")
+
+
+def test_a_directory_that_cannot_be_one(tmp_path: Path) -> None:
+    """A wrong path is a sentence about the key of the configuration."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"^state_dir: .*/file/x cannot be used: Not a directory"):
+        StateDir(str(tmp_path / "file" / "x"))
+
+
+def test_one_process_has_the_directory(tmp_path: Path) -> None:
+    """Section 8: state_dir is locked by the process that serves; a second one says what to do."""
+    state = StateDir(str(tmp_path))
+    with open(tmp_path / "lock") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match=r"^state_dir: .* is in use by another ipam-plugin on this machine"):
+            state.lock(patience=0)
+        ending = threading.Timer(0.1, lambda: fcntl.flock(other, fcntl.LOCK_UN))
+        ending.start()
+        state.lock(patience=20)  # a predecessor that is just ending is waited for
+        ending.join()
+
+
+# --- the heartbeat -------------------------------------------------------------------------------------
+
+
+class Node:
+    """One host's daemon, as far as its presence goes: view, register, heartbeat, on an etcd that is shared."""
+
+    def __init__(
+        self, etcd: FakeEtcd, state: Path, name: str = "a", carried: list[InterfaceAddress] | None = None
+    ) -> None:
+        self.state = StateDir(str(state))
+        self.etcd = etcd
+        self.carried = carried if carried is not None else []
+        self.view = View(KEYS, name)
+        self.presence = Presence(
+            etcd, self.view, KEYS, self.state, name=name, carried=lambda: self.carried, time_limit=0.5
+        )
+        self.register = Register(
+            etcd, self.view, KEYS, name, default_segment="lan", carried=lambda: self.carried, alarm=self.presence.alarm
+        )
+        self._stop = threading.Event()
+        self._threads = [
+            threading.Thread(target=etcd.watch, args=(KEYS.prefix, self._listed, self.view.apply, self._stop)),
+            threading.Thread(target=self.presence.run, args=(self.register, self._stop)),
+        ]
+
+    def _listed(self, found: list[KeyValue], revision: int) -> None:
+        self.view.reset([(each.key, each.value, each.revision) for each in found], revision)
+
+    def start(self) -> Node:
+        for each in self._threads:
+            each.start()
+        return self
+
+    def stop(self) -> None:
+        self._stop.set()
+        self.presence.changed()
+        for each in self._threads:
+            if each.ident is not None:
+                each.join(10)
+
+    def serves(self) -> bool:
+        return self.presence.is_serving
+
+    def reason(self) -> str:
+        """Why requests are refused; '' when they are not."""
+        return refusal(NotServing, self.presence.serving, time.monotonic())
+
+    def heartbeat(self) -> Alive | None:
+        found = self.etcd.get(KEYS.heartbeat(self.presence.name), deadline=soon())
+        return decode(found.value, Alive) if found else None
+
+
+@pytest.fixture
+def etcd() -> FakeEtcd:
+    return FakeEtcd()
+
+
+@pytest.fixture
+def start(etcd: FakeEtcd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Node]]:
+    """Start nodes on one etcd; all of them end with the test."""
+    monkeypatch.setattr(host_module, "REFRESH", 0.05)
+    with contextlib.ExitStack() as stack:
+
+        def started(state: str = "state", name: str = "a", carried: list[InterfaceAddress] | None = None) -> Node:
+            node = Node(etcd, tmp_path / state, name, carried)
+            stack.callback(node.stop)
+            return node.start()
+
+        yield started
+
+
+def put(etcd: FakeEtcd, key: str, value: bytes, ttl: int = 0) -> None:
+    lease = etcd.grant_ttl(ttl, deadline=soon()) if ttl else 0
+    etcd.commit({}, [Put(key, value, lease)], deadline=soon())
+
+
+def test_a_host_enters_the_register(etcd: FakeEtcd, start: Callable[..., Node]) -> None:
+    """Before the first request: a heartbeat bound to a TTL, the record of the host, and its name kept on disk."""
+    node = start(carried=[CARRIER])
+    node.presence.serving(time.monotonic() + 20)
+    heartbeat = etcd.get(KEYS.heartbeat("a"), deadline=soon())
+    assert heartbeat is not None
+    assert heartbeat.lease
+    record = etcd.get(KEYS.host("a"), deadline=soon())
+    assert record is not None
+    assert [each.address for each in decode(record.value, Host).addresses] == ["10.0.0.2"]
+    assert node.state.read("host") == "a"
+
+
+def test_a_request_waits_until_the_host_is_in_the_register(etcd: FakeEtcd, start: Callable[..., Node]) -> None:
+    """P6, P7: within its deadline, then it is refused with the reason; when etcd comes back, it is served."""
+    etcd.set_down(True)
+    node = start()
+    until(lambda: "etcd is not there" in node.reason(), "the reason names etcd")
+    etcd.set_down(False)
+    node.presence.serving(time.monotonic() + 20)
+
+
+def test_an_outage_of_etcd_does_not_end_the_service(etcd: FakeEtcd, start: Callable[..., Node]) -> None:
+    """P8: a host that is in the register stays the one that it is; requests meet etcd's own refusal."""
+    node = start()
+    until(node.serves, "serving")
+    etcd.set_down(True)
+    etcd.advance(HEARTBEAT + 1)
+    assert node.serves()
+    etcd.set_down(False)
+    until(lambda: node.heartbeat() is not None, "the heartbeat is there again")
+    assert node.serves()
+
+
+def test_a_lost_heartbeat_is_made_again(etcd: FakeEtcd, start: Callable[..., Node]) -> None:
+    """A host that was cut off for longer than the TTL is alive again by itself, without having stopped to serve."""
+    node = start()
+    until(node.serves, "serving")
+    before = node.heartbeat()
+    etcd.advance(HEARTBEAT + 1)
+    until(lambda: node.heartbeat() is not None, "the heartbeat is there again")
+    after = node.heartbeat()
+    assert before is not None
+    assert after is not None
+    assert after.process == before.process
+    assert node.serves()
+
+
+def test_a_heartbeat_that_somebody_deleted_is_made_again(etcd: FakeEtcd, start: Callable[..., Node]) -> None:
+    """The TTL lease still lives, the key is gone."""
+    node = start()
+    until(node.serves, "serving")
+    etcd.commit({}, [Delete(KEYS.heartbeat("a"))], deadline=soon())
+    until(lambda: node.heartbeat() is not None, "the heartbeat is there again")
+
+
+@pytest.mark.parametrize("fault", [Fault.APPLIED, Fault.LOST, Fault.UNAVAILABLE])
+def test_a_heartbeat_whose_outcome_is_unknown(fault: Fault, etcd: FakeEtcd, start: Callable[..., Node]) -> None:
+    """P4: written or not, the daemon recognises its own heartbeat and serves."""
+    etcd.faults.append(fault)
+    node = start()
+    until(node.serves, "serving")
+
+
+def test_a_successor_on_the_same_state_takes_over_at_once(etcd: FakeEtcd, start: Callable[..., Node]) -> None:
+    """Section 8: killed and started again, it need not wait 30 s for its predecessor's heartbeat."""
+    first = start()
+    until(first.serves, "serving")
+    first.stop()  # as if killed: the heartbeat stays
+    before = first.heartbeat()
+    second = start()
+    until(second.serves, "the successor serves")
+    after = second.heartbeat()
+    assert before is not None
+    assert after is not None
+    assert before.process != after.process
+
+
+def test_at_a_stop_the_heartbeat_ends(etcd: FakeEtcd, start: Callable[..., Node]) -> None:
+    """So that whoever comes next need not wait; somebody else's is left alone."""
+    node = start()
+    until(node.serves, "serving")
+    node.stop()
+    node.presence.leave()
+    assert node.heartbeat() is None
+    put(etcd, KEYS.heartbeat("a"), encode(STRANGER))
+    node.presence.leave()
+    assert node.heartbeat() == STRANGER
+
+
+def test_a_second_daemon_of_the_same_name_does_not_serve(
+    etcd: FakeEtcd, start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P1: two machines under one name would release each other's addresses. The later one refuses, with the cure,
+    and goes on by itself when the first has ended.
+    """
+    monkeypatch.setattr(host_module, "PATIENCE", 0.3)
+    first = start("one")
+    until(first.serves, "the first serves")
+    second = start("two")
+    until(lambda: "another daemon is alive under the name a" in second.reason(), "the second says why")
+    for part in ("set `host` in this machine's configuration", "/etc/machine-id", "machine id"):
+        assert part in second.reason()
+    assert not second.serves()
+    assert first.serves()
+    assert second.state.read("host") == ""  # the name is not its own
+    first.stop()
+    first.presence.leave()
+    until(second.serves, "the second serves")
+
+
+def test_a_clone_waits_until_the_heartbeat_has_ended(etcd: FakeEtcd, start: Callable[..., Node]) -> None:
+    """Section 8: what another machine wrote may be alive; it is waited for, for as long as its TTL lasts."""
+    put(etcd, KEYS.heartbeat("a"), encode(STRANGER), ttl=HEARTBEAT)
+    node = start()
+    until(lambda: "was alive within the last 30 s" in node.reason(), "the reason")
+    assert "another-machine, process 7, since yesterday" in node.reason()
+    assert node.heartbeat() == STRANGER
+    etcd.advance(HEARTBEAT + 1)
+    until(node.serves, "serving")
+
+
+def test_a_heartbeat_that_cannot_be_read_is_somebodys(etcd: FakeEtcd, start: Callable[..., Node]) -> None:
+    """What cannot be read is not overwritten."""
+    put(etcd, KEYS.heartbeat("a"), b"junk", ttl=HEARTBEAT)
+    node = start()
+    until(lambda: "its value cannot be read" in node.reason(), "the reason")
+    etcd.advance(HEARTBEAT + 1)
+    until(node.serves, "serving")
+
+
+def test_a_strangers_heartbeat_ends_the_service(etcd: FakeEtcd, start: Callable[..., Node]) -> None:
+    """P1: cut off for longer than the TTL while another machine took the name: it stops to serve until that ends."""
+    node = start()
+    until(node.serves, "serving")
+    put(etcd, KEYS.heartbeat("a"), encode(STRANGER), ttl=HEARTBEAT)
+    until(lambda: not node.serves(), "it does not serve any more")
+    assert "another-machine" in node.reason()
+    assert node.heartbeat() == STRANGER
+    etcd.advance(HEARTBEAT + 1)
+    until(node.serves, "it serves again")
+
+
+def test_a_changed_name_is_refused_while_the_old_one_has_leases(
+    etcd: FakeEtcd, start: Callable[..., Node], tmp_path: Path
+) -> None:
+    """Section 8: its containers' leases would be stranded. The sentence names both names, a lease and the cure."""
+    StateDir(str(tmp_path / "state")).write("host", "old")
+    lease = KEYS.lease("lan", ipaddress.ip_address("10.0.0.5"))
+    put(etcd, lease, encode(Lease(ENDPOINT, "old", token="t")))
+    node = start(name="new")
+    until(lambda: "set host: old again" in node.reason(), "the reason")
+    assert "names this host new, but 1 leases are under its old name old, such as 10.0.0.5" in node.reason()
+    assert node.heartbeat() is None
+    assert node.state.read("host") == "old"
+    etcd.commit({}, [Delete(lease)], deadline=soon())
+    until(node.serves, "it serves when the last lease is gone")
+    assert node.state.read("host") == "new"
+
+
+def test_a_changed_name_without_leases_is_accepted(etcd: FakeEtcd, start: Callable[..., Node], tmp_path: Path) -> None:
+    """Nothing is stranded: the new name is kept from now on. Others' leases do not matter."""
+    StateDir(str(tmp_path / "state")).write("host", "old")
+    put(etcd, KEYS.lease("lan", ipaddress.ip_address("10.0.0.5")), encode(Lease(ENDPOINT, "another", token="t")))
+    node = start(name="new")
+    until(node.serves, "serving")
+    assert node.state.read("host") == "new"
+
+
+def test_a_disk_that_cannot_be_written_is_told(
+    etcd: FakeEtcd, start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P7: not kept on disk, the name would be lost; the refusal says so, and it goes on when there is room again."""
+    full = [True]
+    write = StateDir.write
+
+    def written(self: StateDir, name: str, text: str) -> None:
+        if name == "host" and full[0]:
+            raise OSError(28, "No space left on device")
+        write(self, name, text)
+
+    monkeypatch.setattr(StateDir, "write", written)
+    node = start()
+    until(lambda: "No space left on device" in node.reason(), "the reason")
+    assert not node.serves()
+    full[0] = False
+    until(node.serves, "serving")
+    assert node.state.read("host") == "a"
+
+
+def test_a_record_that_cannot_be_read_is_left_alone(etcd: FakeEtcd, start: Callable[..., Node]) -> None:
+    """Never overwritten, and no reason to ask etcd without a pause."""
+    put(etcd, KEYS.host("a"), b"junk")
+    node = start()
+    until(node.serves, "serving")
+    before = etcd.transactions
+    turned = threading.Event()
+    etcd.on_commit = lambda expect, writes: turned.set() or Fault.PASS  # type: ignore[func-returns-value]
+    for _ in range(3):
+        turned.clear()
+        node.presence.changed()
+        assert turned.wait(20)
+    node.stop()
+    assert etcd.transactions - before < 60
+    found = etcd.get(KEYS.host("a"), deadline=soon())
+    assert found is not None
+    assert found.value == b"junk"
+
+
+def test_the_record_follows_the_interfaces(etcd: FakeEtcd, start: Callable[..., Node]) -> None:
+    """P2: a new address of the host is in the register as soon as the kernel tells, and a removed one is not."""
+    node = start()
+    until(node.serves, "serving")
+
+    def addresses() -> list[str]:
+        record = etcd.get(KEYS.host("a"), deadline=soon())
+        return [each.address for each in decode(record.value, Host).addresses] if record else []
+
+    for carried in ([CARRIER], [CARRIER, dataclasses.replace(CARRIER, address=ipaddress.ip_address("10.0.0.3"))], []):
+        node.carried[:] = carried
+        node.presence.changed()
+        until(lambda wanted=[str(each.address) for each in carried]: addresses() == wanted, "the record")  # type: ignore[misc]
+
+
+def test_a_record_that_was_retired_comes_back(etcd: FakeEtcd, start: Callable[..., Node]) -> None:
+    """A host that lives is in the register, whoever deleted its record."""
+    node = start()
+    until(node.serves, "serving")
+    etcd.commit({}, [Delete(KEYS.host("a"))], deadline=soon())
+    until(lambda: etcd.get(KEYS.host("a"), deadline=soon()), "the record is there again")
+
+
+def test_an_alarm_is_told_once_and_shown(etcd: FakeEtcd, start: Callable[..., Node]) -> None:
+    """In the record of the host, where operators look, and counted by its kind; bounded."""
+    node = start()
+    until(node.serves, "serving")
+    for number in range(30):
+        node.presence.alarm("kind", f"text {number}")
+        node.presence.alarm("kind", f"text {number}")
+    assert node.presence.alarm_counts() == {"kind": 30}
+
+    def shown() -> tuple[str, ...]:
+        record = etcd.get(KEYS.host("a"), deadline=soon())
+        return decode(record.value, Host).alarms if record else ()
+
+    until(lambda: shown()[-1:] == ("text 29",), "the last alarm is shown")
+    assert len(shown()) == host_module.ALARMS

@@ -1,0 +1,475 @@
+"""The command of an operator, on a real Operations and an etcd in memory: tables, JSON, exit status, hostile values."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from fakes import FakeEtcd, Fault, Writes
+from harness import KEYS, NAME, Host, Lan, bridge
+from ipam_plugin import cli, daemon
+from ipam_plugin.addresses import parse_address
+from ipam_plugin.model import Alive, HostAddress, SegmentSettings, decode, encode
+from ipam_plugin.model import Host as HostRecord
+
+
+class Done(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        assert self.status == 0, self
+        return json.loads(self.out)
+
+
+class _Kept(FakeEtcd):
+    """An etcd that outlives the command's client."""
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def lan() -> Iterator[Lan]:
+    with Lan(_Kept()) as made:
+        yield made
+
+
+@pytest.fixture
+def a(lan: Lan) -> Host:
+    return lan.host("a", bridge("192.168.1.11/24"))
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def run(lan: Lan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command as its entry point runs it, with its real configuration and the etcd of the test."""
+    config = tmp_path / "config.yaml"
+    config.write_text("etcd: {endpoints: [http://127.0.0.1:2379]}\n")
+    monkeypatch.setattr(daemon, "etcd_of", lambda config: lan.etcd)
+    monkeypatch.setenv("LOGNAME", "eve")
+    monkeypatch.setenv("COLUMNS", "60")
+
+    def ran(*arguments: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["ipam-plugin", "--config", str(config), *arguments])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as error:
+            status = int(error.code or 0)
+        told = capsys.readouterr()
+        assert "Traceback" not in told.err
+        return Done(status, told.out, told.err)
+
+    return ran
+
+
+def lines(text: str) -> list[list[str]]:
+    return [line.split() for line in text.splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------ looking
+
+
+def test_an_empty_register(run: Run) -> None:
+    """Nothing there is no error: a word on stderr, an empty list as JSON, status 0."""
+    for command in ("leases", "pools", "hosts"):
+        told = run(command)
+        assert (told.status, told.out) == (0, "")
+        assert told.err.startswith("no ")
+        assert run(command, "-o", "json").json == []
+
+
+def test_leases(run: Run, lan: Lan, a: Host) -> None:
+    """Every address that is not free, in the order of addresses, with holder and container; filters; JSON."""
+    pool = a.create(gateway="router")
+    web = a.endpoint(pool, "192.168.1.100", **{NAME: "web"}).ok["Address"].partition("/")[0]
+    a.run(pool, "192.168.1.9")
+    a.gateway(pool, "192.168.1.254")
+    lan.put(f"{KEYS.leases}default/192.168.1.50", '{"kind":"reserved","note":"the printer","by":"eve"}')
+    lan.put(f"{KEYS.leases}lab/10.0.0.1", "?")
+    table = run("leases")
+    assert table.status == 0
+    assert [row[:3] for row in lines(table.out)] == [
+        ["SEGMENT", "ADDRESS", "KIND"],
+        ["default", "192.168.1.9", "endpoint"],
+        ["default", "192.168.1.11", "host"],
+        ["default", "192.168.1.50", "reserved"],
+        ["default", "192.168.1.100", "endpoint"],
+        ["default", "192.168.1.254", "router"],
+        ["lab", "10.0.0.1", "unreadable"],
+    ]
+    assert "the printer" in table.out
+    assert next(line for line in table.out.splitlines() if web in line).split()[3:5] == ["a", "web"]
+    found = {each["address"]: each for each in run("leases", "-o", "json").json}
+    assert found[web]["container"] == {"name": "web"}
+    assert found["192.168.1.254"]["holders"] == [{"host": "a", "pool": pool}]
+    assert [each["address"] for each in run("leases", "--kind", "endpoint", "-o", "json").json] == ["192.168.1.9", web]
+    assert [each["address"] for each in run("leases", "--segment", "lab", "-o", "json").json] == ["10.0.0.1"]
+    assert len(run("leases", "--host", "a", "-o", "json").json) == 4
+    assert run("leases", "--host", "nobody").status == 0
+
+
+def test_show(run: Run, lan: Lan, a: Host) -> None:
+    """Who has an address, since when, why it is not given, and who had it."""
+    pool = a.create()
+    a.endpoint(pool, "192.168.1.100", **{NAME: "web"})
+    told = run("show", "192.168.1.100")
+    assert told.status == 0
+    for part in ("is taken (endpoint)", "container web on host a", "since 20", f"pool {pool}"):
+        assert part in told.out
+    a.release(pool, "192.168.1.100")
+    told = run("show", "192.168.1.100")
+    assert "is free" in told.out
+    assert "before: endpoint web on a" in told.out
+    assert "released" in told.out
+    shown = run("show", "192.168.1.100", "-o", "json").json
+    assert [each["segment"] for each in shown] == ["default"]
+    assert shown[0]["lease"] is None
+    assert shown[0]["history"][0]["container"] == {"name": "web"}
+    run("segment", "default", "--exclude", "192.168.1.64/26")
+    assert "it is excluded (192.168.1.64/26)" in run("show", "192.168.1.100").out
+    assert "192.168.1.77 in segment default is free" not in run("show", "192.168.1.77").out
+
+
+def test_show_looks_in_the_right_segments(run: Run, lan: Lan) -> None:
+    """In the one named; else wherever something is known of the address; else in the default one. Never nothing."""
+    lan.put(KEYS.segment("lab"), '{"exclude":["10.0.0.5"]}')
+    assert run("show", "192.168.1.77").out == "192.168.1.77 in segment default is free\n"
+    assert run("show", "10.0.0.5").out.startswith("10.0.0.5 in segment lab has no lease, and is not given:")
+    assert run("show", "10.0.0.5", "--segment", "default").out == "10.0.0.5 in segment default is free\n"
+    host = lan.host("x", segment="old")
+    pool = host.create("10.9.0.0/24")
+    host.release(pool, host.run(pool, "10.9.0.9"))
+    assert "10.9.0.9 in segment old is free\n  before:" in run("show", "10.9.0.9").out
+    assert run("show", "10.0.0.5", "--segment", "a/b").status == 2
+
+
+def test_show_names_a_hosts_own_address(run: Run, lan: Lan) -> None:
+    """An address that a registered host's interface carries is said to be that host's."""
+    record = HostRecord(host="h", addresses=(HostAddress("192.168.1.11", 24, "br0"),))
+    lan.put(KEYS.host("h"), encode(record))
+    assert "Docker host h itself (br0)" in run("show", "192.168.1.11").out
+
+
+def test_pools(run: Run, lan: Lan, a: Host) -> None:
+    """Which host uses which subnet and range, with which options, and how full it is."""
+    pool = a.create(ip_range="192.168.1.128/25", gateway="router", hold="10m")
+    a.run(pool)
+    lan.put(f"{KEYS.pools}strange/b", "?")
+    told = run("pools")
+    assert lines(told.out)[1] == [
+        "default", "192.168.1.0/24", "192.168.1.128/25", "gateway=router", "hold=10m", "1", "of", "127", "a",
+    ]  # fmt: skip
+    assert "this version cannot read it" in told.out
+    found = run("pools", "-o", "json").json
+    assert found[0]["pool"] == pool
+    assert found[0]["hosts"][0]["host"] == "a"
+    assert found[0]["leases"] == 1
+
+
+def test_hosts(run: Run, lan: Lan, a: Host) -> None:
+    """Alive or not, with their addresses and alarms; also a host of which only leases are known."""
+    a.run(a.create())
+    record = HostRecord(host="b", version="1", addresses=(HostAddress("192.168.1.12", 24, "br0"),), alarms=("fire",))
+    lan.put(KEYS.host("b"), encode(record))
+    lan.put(KEYS.heartbeat("b"), encode(Alive(host="b", machine_id="m", boot_id="b", process="p", since="now")))
+    told = run("hosts")
+    assert [row[:3] for row in lines(told.out)[1:3]] == [["a", "NO", "2"], ["b", "yes", "0"]]
+    assert "192.168.1.12/24 br0" in told.out
+    assert "ALARM on b: fire" in told.out
+    found = {each["host"]: each for each in run("hosts", "-o", "json").json}
+    assert (found["a"]["alive"], found["b"]["alive"]) == (False, True)
+    assert found["b"]["addresses"][0]["interface"] == "br0"
+
+
+# ----------------------------------------------------------------------------------------------- changing
+
+
+def test_reserve_and_unreserve_an_address(run: Run, lan: Lan, a: Host) -> None:
+    """A reservation keeps an address from every container until it is undone; twice is fine, twice undone is not."""
+    pool = a.create(ip_range="192.168.1.8/31")
+    assert run("reserve", "192.168.1.9", "--note", "printer").status == 0
+    lease = lan.lease("192.168.1.9")
+    assert lease is not None
+    assert (lease.kind, lease.note) == ("reserved", "printer")
+    assert lease.by.startswith("eve@")
+    assert run("reserve", "192.168.001.009", "--note", "new printer").status == 0
+    said = a.endpoint(pool, "192.168.1.9").error
+    assert "eve@" in said
+    assert "new printer" in said
+    assert a.run(pool) == "192.168.1.8"
+    assert "full" in a.endpoint(pool).error
+    assert run("unreserve", "192.168.1.9").status == 0
+    again = run("unreserve", "192.168.1.9")
+    assert again.status == 1
+    assert "is not reserved" in again.err
+    assert a.run(pool) == "192.168.1.9"
+
+
+@pytest.mark.parametrize("what", ["192.168.1.8-192.168.1.10", "192.168.1.8/30", "fd00::/120"])
+def test_reserve_and_unreserve_a_range(run: Run, lan: Lan, a: Host, what: str) -> None:
+    """A range stands in the segment's settings; leases that are in it stay and are named; undone as it was done."""
+    address = "fd00::9" if ":" in what else "192.168.1.9"
+    pool = a.create("fd00::/64" if ":" in what else "192.168.1.0/24")
+    a.run(pool, address)
+    told = run("reserve", what, "--note", "lab")
+    assert told.status == 0
+    assert address in told.err
+    assert lan.lease(address) is not None
+    other = address[:-1] + "8"
+    assert "lab" in a.endpoint(pool, other).error
+    assert "reserved with" in run("unreserve", other).err
+    assert run("reserve", what, "--note", "twice").status == 0
+    assert len(decode(lan.keys()[KEYS.segment("default")], SegmentSettings).reserved) == 1
+    wrong = run("unreserve", "10.0.0.0/24")
+    assert wrong.status == 1
+    assert "these are" in wrong.err
+    assert run("unreserve", what).status == 0
+    assert a.run(pool, other) == other
+
+
+def test_reserve_what_is_taken(run: Run, lan: Lan, a: Host) -> None:
+    """Refused with the holder named, status 1, nothing changed."""
+    address = a.endpoint(a.create(), **{NAME: "web"}).ok["Address"].partition("/")[0]
+    before = lan.keys()
+    told = run("reserve", address)
+    assert told.status == 1
+    assert "container web on host a" in told.err
+    told = run("unreserve", address)
+    assert told.status == 1
+    assert "is not reserved, it is taken" in told.err
+    assert lan.keys() == before
+
+
+@pytest.mark.parametrize("key", ["192.168.1.9", "192.168.001.009", "192.168.1.9/x"])
+def test_unreserve_what_was_written_by_hand(run: Run, lan: Lan, a: Host, key: str) -> None:
+    """Any bytes under any spelling reserve an address, and unreserve undoes that."""
+    lan.put(f"{KEYS.leases}default/{key}", "mine")
+    pool = a.create()
+    assert "192.168.1.9" in a.endpoint(pool, "192.168.1.9").error
+    assert "unreadable" in run("leases").out
+    assert run("unreserve", "192.168.1.9").status == 0
+    assert a.run(pool, "192.168.1.9") == "192.168.1.9"
+
+
+def test_release(run: Run, lan: Lan, a: Host) -> None:
+    """A conflict at once; any lease only with --force; a reservation never; what is free is said to be free."""
+    pool = a.create()
+    a.endpoint(pool, "192.168.1.100", **{NAME: "web"})
+    lan.put(f"{KEYS.leases}default/192.168.1.7", '{"kind":"conflict","mac":"02:99:00:00:00:99"}')
+    lan.put(f"{KEYS.leases}default/192.168.1.8", '{"kind":"reserved"}')
+    before = lan.leases()
+    for address, says in [("100", "--force"), ("11", "--force"), ("8", "unreserve"), ("77", "free already")]:
+        told = run("release", f"192.168.1.{address}")
+        assert told.status == 1
+        assert says in told.err
+    assert run("release", "192.168.1.8", "--force").status == 1
+    assert lan.leases() == before
+    assert "02:99:00:00:00:99" in run("release", "192.168.1.7").out
+    told = run("release", "192.168.1.100", "--force")
+    assert told.status == 0
+    assert "container web on host a" in told.out
+    assert set(lan.leases()) == {"192.168.1.11", "192.168.1.8"}
+    assert "released by eve@" in run("show", "192.168.1.100").out
+    assert a.release(pool, "192.168.1.100").status == 200, "the engine's own release comes too late and changes nothing"
+
+
+def test_segment(run: Run, lan: Lan) -> None:
+    """Router, excludes and moving addresses of a segment: set, shown, taken back; the rest of it stays."""
+    assert "router none set" in run("segment", "default").out
+    run("reserve", "192.168.1.64/30", "--note", "lab")
+    routers = ["--router", "192.168.1.254", "--router", "fd00::1"]
+    excludes = ["--exclude", "192.168.1.1-192.168.1.9", "--exclude", "192.168.1.99", "--moving", "192.168.1.30"]
+    told = run("segment", "default", *routers, *excludes)
+    assert told.status == 0
+    shown = run("segment", "default")
+    for part in (
+        "192.168.1.254, fd00::1",
+        "192.168.1.1-192.168.1.9",
+        "moving   192.168.1.30",
+        "192.168.1.64/30 by eve",
+    ):
+        assert part in shown.out
+    assert run("segment", "default", "--router", "192.168.1.1", "--no-exclude", "192.168.1.99").status == 0
+    found = run("segment", "default", "-o", "json").json
+    assert set(found["router"]) == {"192.168.1.1", "fd00::1"}
+    assert found["exclude"] == ["192.168.1.1-192.168.1.9"]
+    assert len(found["reserved"]) == 1
+
+
+@pytest.mark.parametrize("junk", ["junk", '{"exclude":["all"]}', '{"reserved":[{"range":"x"}]}', '{"router":"x"}'])
+def test_unreadable_settings_are_not_overwritten(run: Run, lan: Lan, junk: str) -> None:
+    """What cannot be read is named and left as it is, whatever is asked for: status 1."""
+    lan.put(KEYS.segment("default"), junk)
+    for command in [
+        ("segment", "default"),
+        ("segment", "default", "--exclude", "192.168.1.9"),
+        ("segment", "default", "--router", "192.168.1.9"),
+        ("reserve", "192.168.1.0/28"),
+        ("unreserve", "192.168.1.0/28"),
+        ("unreserve", "192.168.1.1"),
+    ]:
+        told = run(*command)
+        assert told.status == 1, command
+        assert len(told.err.splitlines()) == 1
+    assert "cannot be read" in run("show", "192.168.1.1").out
+    assert lan.keys() == {KEYS.segment("default"): junk.encode()}
+
+
+def test_two_operators_at_once(run: Run, lan: Lan) -> None:
+    """Every change is one transaction on what was read: another's exclude in between is kept."""
+    done: list[int] = []
+
+    def meanwhile(expect: Mapping[str, int], writes: Writes) -> Fault:
+        if not done:
+            done.append(1)
+            lan.put(KEYS.segment("default"), '{"exclude":["192.168.1.1"]}')
+        return Fault.PASS
+
+    lan.etcd.on_commit = meanwhile
+    assert run("segment", "default", "--exclude", "192.168.1.2").status == 0
+    assert run("segment", "default", "-o", "json").json["exclude"] == ["192.168.1.1", "192.168.1.2"]
+
+
+def test_a_container_gets_the_address_first(run: Run, lan: Lan, a: Host) -> None:
+    """P1 for operators too: an address that a container got a moment ago is not reserved over it."""
+    pool = a.create()
+    a.catch_up()
+    given: list[str] = []
+
+    def meanwhile(expect: Mapping[str, int], writes: Writes) -> Fault:
+        if not given and KEYS.lease("default", parse_address("192.168.1.9")) in expect:
+            given.append("")
+            given[0] = str(a.endpoint(pool, "192.168.1.9").ok["Address"])
+        return Fault.PASS
+
+    lan.etcd.on_commit = meanwhile
+    told = run("reserve", "192.168.1.9")
+    assert (told.status, given) == (1, ["192.168.1.9/24"])
+    assert "on host a" in told.err
+
+
+# ------------------------------------------------------------------------------------ exit status, hostility
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["show"],
+        ["show", "here"],
+        ["show", "192.168.1.0/24"],
+        ["reserve", "192.168.1.9-192.168.1.5"],
+        ["reserve", "192.168.1.5/24"],
+        ["release", "x"],
+        ["leases", "--kind", "pet"],
+        ["leases", "-o", "xml"],
+        ["leases", "--segment", "a/b"],
+        ["segment", "../x"],
+        ["segment", "default", "--router", "x"],
+        ["nonsense"],
+        ["--nonsense"],
+    ],
+)
+def test_wrong_usage(run: Run, lan: Lan, arguments: list[str]) -> None:
+    """Usage errors: status 2, said on stderr, nothing on stdout, nothing changed."""
+    told = run(*arguments)
+    assert told.status == 2
+    assert told.err
+    assert told.out == ""
+    assert lan.keys() == {}
+
+
+def test_a_configuration_that_cannot_be_used(run: Run, tmp_path: Path) -> None:
+    """A configuration error is status 2, with the key's path."""
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("etcd: {endpoints: [http://127.0.0.1:2379]}\nstandbye: 1\n")
+    for arguments in (["leases", "--config", str(bad)], ["check-config", str(bad)]):
+        told = run(*arguments)
+        assert told.status == 2
+        assert "standbye" in told.err
+    assert run("check-config").status == 0
+    assert run("leases", "--config", str(tmp_path / "none.yaml")).status == 2
+
+
+def test_etcd_is_away(run: Run, lan: Lan) -> None:
+    """Without etcd: one line, status 1."""
+    lan.etcd.set_down(True)
+    for arguments in (["leases"], ["reserve", "192.168.1.9"], ["show", "192.168.1.9"], ["hosts"], ["pools"]):
+        told = run(*arguments)
+        assert told.status == 1
+        assert "etcd" in told.err
+        assert len(told.err.splitlines()) == 1
+
+
+HOSTILE = [
+    "\x1b[2J\x1b[31mred",
+    "[bold red]markup[/bold red] [/] [link=x]",
+    "two\nlines\r\ttab\x07",
+    "\u202eright to left\u200b",
+    "x" * 100_000,
+    "漢字" * 30,
+    "",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=["escapes", "markup", "lines", "bidi", "huge", "wide", "empty"])
+def test_hostile_values_do_not_harm_a_table(run: Run, lan: Lan, a: Host, text: str) -> None:
+    """Values in etcd may be anybody's: no control character reaches the terminal, markup is text, each lease is one
+    line, and a huge value takes nothing from the other columns or lines. JSON tells all of it."""
+    a.run(a.create(), "192.168.1.100")
+    lease = {
+        "kind": "endpoint", "host": text, "mac": text, "note": text, "by": text, "since": text, "pool": text,
+        "container": {"name": text}, "holders": [{"host": text, "pool": text}],
+    }  # fmt: skip
+    lan.put(f"{KEYS.leases}default/192.168.1.5", json.dumps(lease))
+    name = text[:2000].replace("/", "|")
+    lan.put(f"{KEYS.leases}{name}/192.168.1.6", json.dumps(lease | {"kind": "reserved"}))
+    lan.put(f"{KEYS.leases}default/192.168.1.7", text)
+    lan.put(KEYS.host("h"), json.dumps({"host": text, "version": text, "alarms": [text]}))
+    lan.put(f"{KEYS.hosts}{name}", json.dumps({"host": text, "version": text}))
+    lan.put(f"{KEYS.pools}{name}/h", json.dumps({"host": text, "segment": text, "subnet": text}))
+    lan.put(KEYS.segment("s"), json.dumps({"note": text, "reserved": [{"range": "10.0.0.0/8", "note": text}]}))
+    table = run("leases")
+    assert table.status == 0
+    row = next(line for line in table.out.splitlines() if "192.168.1.100" in line)
+    assert row.split()[:4] == ["default", "192.168.1.100", "endpoint", "a"]
+    assert len(table.out.splitlines()) == 1 + 5
+    assert len(table.out) < 100_000
+    for command in (
+        ["leases"], ["pools"], ["hosts"], ["segment", "s"], ["show", "192.168.1.5"], ["show", "192.168.1.6"],
+        ["show", "192.168.1.7"], ["release", "192.168.1.5"], ["reserve", "192.168.1.5"],
+        ["reserve", "192.168.1.0/29", "--note", text[:1000]], ["unreserve", "192.168.1.5"],
+    ):  # fmt: skip
+        told = run(*command)
+        assert told.status in (0, 1)
+        for letter in told.out + told.err:
+            assert letter == "\n" or letter.isprintable()
+        if "bold red" in text and command[0] == "leases":
+            assert "[bold red]markup[/bold red] [/]" in told.out
+    found = {each["address"]: each for each in run("leases", "-o", "json").json}
+    assert found["192.168.1.5"]["mac" if text else "kind"] == (text or "endpoint")
+    assert run("release", "192.168.1.5", "--force").status == 0
+
+
+@pytest.mark.parametrize("value", ["[]", "5", '{"host":5}', '{"past":5}', "\x00", "[" * 3000, '{"addresses":[{}]}'])
+def test_wrong_types_do_not_harm_a_command(run: Run, lan: Lan, a: Host, value: str) -> None:
+    """Every key of every kind with a value of the wrong type: every command that looks still works."""
+    a.run(a.create(), "192.168.1.100")
+    for place in ("leases", "history", "segments", "pools", "hosts", "alive"):
+        for name in ("default/192.168.1.5", "default/x", "x", "", "default/192.168.1.0/24/h", "192.168.1.100"):
+            lan.put(f"{KEYS.prefix}{place}/{name}", value)
+    for command in (["leases"], ["pools"], ["hosts"], ["show", "192.168.1.5"], ["show", "192.168.1.100"]):
+        for output in ("table", "json"):
+            told = run(*command, "-o", output)
+            assert told.status == 0
+            assert told.out

@@ -1,0 +1,465 @@
+"""README.md is true: its commands are typed as they stand there, on machines that were really booted.
+
+A console block has lines `PROMPT# command`: `here` is a machine with a checkout, `every host` means host1, host2
+and host3. A here-document follows its line.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from conftest import missing
+from ipam_plugin.cli import cli
+from tests.booted import WHEELS, BootedHost, checkout, debian, wheels
+from tests.lab import Command, Lab, until
+from tests.lab import missing as lab_missing
+from tests.lab.machines import CGROUPS, Place, make_image
+from tests.lab.node import ROOT, Node, running
+
+README = ROOT / "README.md"
+TEXT = README.read_text()
+HOSTS = ("host1", "host2", "host3")
+CHECKOUT = "/root/ipam-plugin"
+SOCKET = "/run/ipam-plugin/ipam-plugin.sock"
+TIMES: list[str] = []
+
+
+@dataclass(frozen=True)
+class Line:
+    """What is typed: at which prompt, under which heading."""
+
+    prompt: str
+    command: str
+    heading: str
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        return HOSTS if self.prompt == "every host" else (self.prompt,)
+
+
+def lines() -> list[Line]:
+    """The commands of README's console blocks, in order. A line that is none of the known kinds is an error."""
+    found: list[Line] = []
+    heading = end = ""
+    inside = False
+    for text in TEXT.splitlines():
+        if not inside:
+            if text.startswith("#"):
+                heading = text.lstrip("# ")
+            inside = text == "```console"
+        elif end:
+            found[-1] = Line(found[-1].prompt, f"{found[-1].command}\n{text}", heading)
+            end = "" if text == end else end
+        elif text == "```":
+            inside = False
+        else:
+            match = re.fullmatch(r"(here|every host|host[123])# (\S.*)", text)
+            assert match is not None, f"README.md, under {heading}: who types this? {text}"
+            found.append(Line(match[1], match[2], heading))
+            document = re.search(r"<<(\w+)$", match[2])
+            end = document[1] if document else ""
+    assert not inside, "README.md: a console block has no end"
+    return found
+
+
+# --- what needs no machine ---------------------------------------------------------------------------------
+
+
+def test_links_lead_somewhere() -> None:
+    """A link to a file of the checkout, or to a heading, that is not there helps nobody."""
+    anchors = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in re.findall(r"(?m)^#+ (.+)$", TEXT)}
+    targets = re.findall(r"\]\(([^)\s]+)\)", TEXT)
+    assert targets
+    for target in targets:
+        if target.startswith("#"):
+            assert target[1:] in anchors, target
+        elif not target.startswith("https://"):
+            assert (ROOT / target.partition("#")[0]).is_file(), target
+
+
+def test_all_subcommands_and_no_others_are_described() -> None:
+    """README is where an operator looks; `--help` only repeats it."""
+    code = "\n".join([*re.findall(r"`([^`\n]+)`", TEXT), *(line.command for line in lines())])
+    named = set(re.findall(r"(?<![\w/.-])(?:\S*/bin/)?ipam-plugin ([a-z][a-z-]*)", code))
+    assert named == set(cli.commands)
+
+
+def test_the_errors_of_the_table_are_those_of_the_program() -> None:
+    """Whoever looks an error up must find it word for word."""
+    sentences = list(_sentences())
+    table = TEXT.partition("\n## What the error says")[2].partition("\n## ")[0]
+    phrases = [phrase for row in re.findall(r"(?m)^\| (`.*?) \| ", table) for phrase in re.findall("`([^`]+)`", row)]
+    assert len(phrases) > 20
+    for phrase in phrases:
+        parts = [part.strip() for part in phrase.split("…") if part.strip()]
+        assert max(map(len, parts)) > 8, f"{phrase!r} could be found anywhere"
+        for part in parts:
+            assert any(part in sentence for sentence in sentences), f"the program never says {part!r}"
+
+
+def _sentences() -> Iterator[str]:
+    """Every string in the program, with `…` for what is put in."""
+    for path in (ROOT / "ipam_plugin").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_make_test_is_what_ci_runs() -> None:
+    """The one command of README that cannot be typed here: it would type itself."""
+    assert re.search(r"(?m)^test:", (ROOT / "Makefile").read_text())
+    assert re.search(r"(?m)^make (\w+ )*test\b", (ROOT / ".ci/run").read_text())
+
+
+# --- here ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout in which `make venv` has been done, with the packages that this Python has."""
+    if os.geteuid() != 0:
+        missing("root", "the demo needs root")
+    why = lab_missing()
+    if why is not None:
+        missing("engine", why)
+    top = tmp_path_factory.mktemp("here") / "ipam-plugin"
+    checkout(top)
+    (top / ".venv/bin").mkdir(parents=True)
+    for name in ("lib", "pyvenv.cfg"):
+        if (Path(sys.prefix) / name).exists():
+            (top / ".venv" / name).symlink_to(Path(sys.prefix) / name)
+    (top / ".venv/bin/python").symlink_to(sys.executable)
+    command = top / ".venv/bin/ipam-plugin"
+    command.write_text(
+        f"#!{top}/.venv/bin/python\nimport sys\nsys.path.insert(0, {str(top)!r})\n"
+        "from ipam_plugin.cli import main\nmain()\n"
+    )
+    command.chmod(0o755)
+    (top / ".venv/.made").touch()
+    return top
+
+
+def test_only_known_commands_are_typed_here() -> None:
+    """A command that is added to README for `here` needs a test too."""
+    assert {line.command for line in lines() if line.prompt == "here"} == {"make run", "make demo", "make test"}
+
+
+@pytest.mark.root
+@pytest.mark.engine
+def test_make_demo(here: Path) -> None:
+    """The first thing that a visitor types says of itself whether all was well."""
+    done = Command(["make", "-C", str(here), "demo"], "make demo", Node.environment()).result(180)
+    assert re.search(r"12 different addresses for 12 containers, 0 pings without an answer\n", done.stdout)
+    TIMES.append(f"make demo: {done.seconds:.1f} s")
+
+
+@pytest.mark.root
+@pytest.mark.engine
+def test_make_run(here: Path) -> None:
+    """What it says to type next works as it stands, and Ctrl-C takes everything back."""
+    spec = "/etc/docker/plugins/ipam-plugin.spec"
+    with Lab(hosts=1, machines=0, etcd=0) as lab:
+        [host] = lab.hosts
+        host.path(spec).unlink()
+        host.path("/etc/ipam-plugin/config.yaml").unlink()
+        make = host.serve("make", "sh", "-c", f"cd {here} && exec make run")
+
+        def said() -> str:
+            return make.log.read_text().partition("Type in another terminal:\n")[2]
+
+        until(lambda: "Ctrl-C" in said() or not make.alive, 60, "make run says what to type")
+        assert make.alive, make.tail()
+        assert host.path(spec).is_file()
+        typed = re.findall(r"(?m)^  (\S.*)$", said())
+        assert [command.split()[1] for command in typed] == ["network", "run", "leases"]
+        outputs = [host.sh(command, timeout=60) for command in typed]
+        assert re.search(r"inet 10\.66\.0\.\d+/24 ", outputs[1])
+        assert "10.66.0." in outputs[2]
+        # As a terminal does it: to all that runs in the foreground.
+        os.killpg(os.getpgid(make.pid), signal.SIGINT)
+        make.wait(30)
+        assert "Traceback" not in make.log.read_text(), make.tail()
+        assert not host.path(spec).exists()
+        assert host.sh(f"ls {SOCKET} 2>/dev/null || true") == ""
+        assert host.sh("cat /proc/[0-9]*/comm | grep -x -e etcd -e ipam-plugin -e gunicorn || true") == ""
+
+
+# --- on the hosts ----------------------------------------------------------------------------------------------
+
+
+class Lan:
+    """Three booted Docker hosts, a router and a machine without Docker."""
+
+    def __init__(self, lab: Lab, hosts: list[BootedHost], options: list[str]) -> None:
+        self.lab = lab
+        self.hosts = {host.name: host for host in hosts}
+        self.printer = lab.machines[0]
+        self.before: list[str] = []
+        self.typed = False
+        self._options = options
+
+    def boot(self, host: BootedHost) -> None:
+        host.boot(*self._options)
+
+    def everywhere(self, work: Callable[[BootedHost], str]) -> dict[str, str]:
+        return dict(zip(self.hosts, at_once(work, list(self.hosts.values())), strict=True))
+
+
+def at_once(work: Callable[[BootedHost], str], hosts: list[BootedHost]) -> list[str]:
+    with ThreadPoolExecutor(len(hosts)) as pool:
+        return list(pool.map(work, hosts))
+
+
+@pytest.fixture(scope="module")
+def lan() -> Iterator[Lan]:
+    """The LAN of README before its first command: Debian with Docker, a bridge, an image, a checkout."""
+    began = time.monotonic()
+    tree, found = debian(), wheels()
+    TIMES.append(f"tree and wheels: {time.monotonic() - began:.1f} s")
+    began = time.monotonic()
+    mounts = Path("/proc/mounts").read_text()
+    with contextlib.ExitStack() as rest:
+        lab = rest.enter_context(Lab(hosts=0, machines=1, etcd=0))
+        image = lab.directory / "image.tar"
+        make_image(image, "/bin/busybox")
+        hosts = []
+        for number, name in enumerate(HOSTS, 11):
+            hosts.append(BootedHost(name, lab.directory / name, tree, lab.switch, Place(number)))
+            rest.callback(hosts[-1].power_off)
+            checkout(hosts[-1].disk / CHECKOUT.lstrip("/"))
+        lan = Lan(lab, hosts, [f"--bind-ro={found}:{WHEELS}", f"--bind-ro={image}:/opt/busybox.tar"])
+        at_once(lambda host: lan.boot(host) or "", hosts)
+        lan.everywhere(lambda host: host("docker import /opt/busybox.tar busybox", 60).stdout)
+        TIMES.append(f"three hosts booted: {time.monotonic() - began:.1f} s")
+        yield lan
+    print(*TIMES, sep="\n")
+    assert Path("/proc/mounts").read_text() == mounts
+    assert not running(lab.name)
+    assert not lab.directory.exists()
+    assert [*CGROUPS.glob(lab.name), *CGROUPS.glob(f"*/{lab.name}")] == []
+
+
+def etcd_is_a_cluster(lan: Lan, said: dict[str, str]) -> None:
+    def healthy() -> bool:
+        health = lan.hosts["host1"]("etcdctl endpoint health --cluster -w json", 30, check=False).stdout
+        return [each["health"] for each in json.loads(health)] == [True] * 3
+
+    until(healthy, 30, "etcd has three members", pause=0.2)
+
+
+def nothing_is_started(lan: Lan, said: dict[str, str]) -> None:
+    for host in lan.hosts.values():
+        states = host("systemctl is-active ipam-plugin.socket ipam-plugin.service", check=False).stdout.split()
+        assert states == ["inactive", "inactive"]
+        assert "user ipam-plugin made" in said[host.name]
+
+
+def the_daemon_serves(lan: Lan, said: dict[str, str]) -> None:
+    for host in lan.hosts.values():
+        units = "ipam-plugin.socket ipam-plugin.service docker.service"
+        assert host(f"systemctl is-active {units}").stdout.split() == ["active"] * 3
+        assert {"ipam-plugin.service", "ipam-plugin.socket"} <= set(host.show("docker.service", "After").split())
+        assert host(f"stat -c '%a %U' {SOCKET}").stdout == "600 root\n"
+        process = host.show("ipam-plugin.service", "MainPID")
+        assert host(f"stat -c %U /proc/{process}").stdout == "ipam-plugin\n"
+        score = host("systemd-analyze security --no-pager ipam-plugin.service").stdout.splitlines()[-1]
+        TIMES.append(f"{host.name}: {score.strip()}")
+
+
+def every_host_is_alive(lan: Lan, said: dict[str, str]) -> None:
+    def alive(name: str) -> bool:
+        found = json.loads(lan.hosts[name]("ipam-plugin hosts -o json").stdout)
+        return [(each["host"], each["alive"]) for each in found] == [(host, True) for host in HOSTS]
+
+    for name in lan.hosts:
+        until(lambda name=name: alive(name), 20, f"all hosts are alive, says {name}", pause=0.2)  # type: ignore[misc]
+    table = lan.hosts["host1"]("ipam-plugin hosts").stdout
+    assert re.findall(r"(?m)^(host\d) +yes ", table) == list(HOSTS)
+
+
+def address_of(host: BootedHost, container: str) -> str:
+    shown = "'{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}'"
+    return host(f"docker inspect -f {shown} {container}").stdout.strip()
+
+
+def containers_answer(lan: Lan, said: dict[str, str]) -> None:
+    """Those named web1: on three hosts at first, on two later."""
+    having = [host for host in lan.hosts.values() if "web1" in host("docker ps --format '{{.Names}}'").stdout]
+    addresses = {host.name: address_of(host, "web1") for host in having}
+    assert len(set(addresses.values())) == len(having) >= 2
+    for address in addresses.values():
+        assert lan.printer.ping(address), address
+    for host in lan.hosts.values():
+        assert lan.printer.mac_of(host.place.ipv4) == host.place.mac
+        assert f"inet {host.place.ipv4}/24 " in host("ip address show br0").stdout
+    leases = json.loads(lan.hosts["host2"]("ipam-plugin leases --kind endpoint -o json").stdout)
+    assert {each["host"]: each["address"] for each in leases} == addresses
+
+
+def the_fixed_address_answers(lan: Lan, said: dict[str, str]) -> None:
+    assert lan.printer.ping("192.168.77.200")
+
+
+def in_the_range(lan: Lan, said: dict[str, str]) -> None:
+    shown = _container(lan.hosts["host2"])
+    [last] = re.findall(r"inet 192\.168\.77\.(\d+)/24 ", shown)
+    assert 64 <= int(last) < 128
+
+
+def dual_stack(lan: Lan, said: dict[str, str]) -> None:
+    shown = _container(lan.hosts["host2"], "ping6 -c 1 -W 5 fd00:77::254")
+    assert re.search(r"inet 192\.168\.77\.\d+/24 ", shown)
+    assert re.search(r"inet6 fd00:77::[0-9a-f:]+/64 ", shown)
+    assert "fd00:77::12/64 " in lan.hosts["host2"]("ip address show br0").stdout
+
+
+def macvlan(lan: Lan, said: dict[str, str]) -> None:
+    assert re.search(r"inet 192\.168\.77\.\d+/24 ", _container(lan.hosts["host2"]))
+
+
+def _container(host: BootedHost, more: str = "true") -> str:
+    """What a container on network `lan` has for addresses; it also reaches the router."""
+    script = f"ip address show eth0; ping -c 1 -W 5 192.168.77.254 && {more}"
+    return host(f"docker run --rm --network lan busybox sh -c '{script}'", 60).stdout
+
+
+def a_reservation(lan: Lan, said: dict[str, str]) -> None:
+    assert "Ann's lab power supply" in said["host1"]
+
+
+def the_router(lan: Lan, said: dict[str, str]) -> None:
+    assert "192.168.77.254 in segment default is taken (router)" in said["host1"]
+
+
+def taken_back(lan: Lan, said: dict[str, str]) -> None:
+    assert "ipam-plugin.socket and ipam-plugin.service stopped and disabled" in said["host3"]
+    host = lan.hosts["host3"]
+    assert host(f"ls {SOCKET} /usr/local/bin/ipam-plugin /etc/docker/plugins", check=False).stdout == ""
+    assert host("systemctl is-active docker.service").stdout == "active\n"
+
+
+def nothing_is_left(lan: Lan, said: dict[str, str]) -> None:
+    assert files(lan.hosts["host3"]) == lan.before
+
+
+def the_address_is_free(lan: Lan, said: dict[str, str]) -> None:
+    until(lambda: " is free\n" in lan.hosts["host2"]("ipam-plugin show 192.168.77.13").stdout, 10, "a free address")
+
+
+def files(host: BootedHost) -> list[str]:
+    """Everything on a host that could be of the installation: files, units, users, processes."""
+    looks = (
+        "find /etc /usr/local /opt -xdev ! -name '*-' ! -name .pwd.lock ! -path '/etc/default/etcd'",
+        "find / /run -xdev -iname '*ipam*' ! -path '/root/*' ! -path '/var/lib/docker/*'",
+        "cat /etc/passwd /etc/group /etc/shadow /etc/gshadow",
+        "systemctl list-units --all --plain --no-legend '*ipam*'",
+        "cat /proc/[0-9]*/comm | grep -x -e ipam-plugin -e gunicorn || true",
+    )
+    return [line for look in looks for line in sorted(host(look).stdout.splitlines())]
+
+
+# After the first such command, and nothing is typed meanwhile.
+CHECKS: dict[tuple[str, str], Callable[[Lan, dict[str, str]], None]] = {
+    ("host1", "timeout 60 sh -c 'until etcdctl endpoint health"): etcd_is_a_cluster,
+    ("every host", "/opt/ipam-plugin/bin/ipam-plugin install"): nothing_is_started,
+    ("every host", "systemctl enable --now ipam-plugin.socket"): the_daemon_serves,
+    ("every host", "ipam-plugin hosts"): every_host_is_alive,
+    ("every host", "docker run --detach --network lan --name web1"): containers_answer,
+    ("host1", "ipam-plugin show 192.168.77.254"): the_router,
+    ("host1", "ipam-plugin show 192.168.77.141"): a_reservation,
+    ("host1", "docker run --detach --network lan --ip 192.168.77.200"): the_fixed_address_answers,
+    ("host2", "docker network create --driver bridge --ipam-driver ipam-plugin --subnet"): in_the_range,
+    ("host2", "docker network create --driver bridge --ipam-driver ipam-plugin --ipv6"): dual_stack,
+    ("host2", "docker network create --driver macvlan"): macvlan,
+    ("host3", "systemctl restart ipam-plugin.service"): containers_answer,
+    ("host3", "ipam-plugin uninstall"): taken_back,
+    ("host3", "userdel"): nothing_is_left,
+    ("host1", "ipam-plugin release 192.168.77.13"): the_address_is_free,
+}
+
+
+@pytest.mark.root
+@pytest.mark.engine
+def test_every_command_typed_on_the_hosts(lan: Lan) -> None:
+    """From a bare Debian to containers that the LAN reaches, and back: nobody has to guess a step."""
+    lan.before = files(lan.hosts["host3"])
+    checks = dict(CHECKS)
+    batch: list[Line] = []
+    began = time.monotonic()
+    for line in lines():
+        if line.prompt == "here":
+            continue
+        if batch and batch[0].prompt != line.prompt:
+            type_all(lan, batch)
+            batch = []
+        batch.append(line)
+        key = next((key for key in checks if key[0] == line.prompt and line.command.startswith(key[1])), None)
+        if key is not None:
+            said = type_all(lan, batch)
+            batch = []
+            checks.pop(key)(lan, said)
+    type_all(lan, batch)
+    assert not checks, "these commands are not in README any more"
+    TIMES.append(f"everything typed: {time.monotonic() - began:.1f} s")
+    lan.typed = True
+
+
+def type_all(lan: Lan, batch: list[Line]) -> dict[str, str]:
+    """Types lines that have one prompt, on all their hosts at once; what the last one said, by host."""
+
+    def work(host: BootedHost) -> str:
+        said = ""
+        for line in batch:
+            done = host(line.command, 120, cwd=CHECKOUT)
+            said = done.stdout + done.stderr
+            if done.seconds > 2:
+                TIMES.append(f"{done.seconds:5.1f} s  {host.name}# {line.command.splitlines()[0]}")
+        return said
+
+    names = batch[0].hosts if batch else ()
+    return dict(zip(names, at_once(work, [lan.hosts[name] for name in names]), strict=True)) if names else {}
+
+
+@pytest.mark.root
+@pytest.mark.engine
+def test_a_power_cut_costs_a_host_nothing(lan: Lan) -> None:
+    """After it the daemon is up before Docker, the host has its address, and its network serves as before."""
+    assert lan.typed, "the host was not installed"
+    host = lan.hosts["host1"]
+    host.power_off()
+    assert not lan.printer.ping(host.place.ipv4, 1)
+    began = time.monotonic()
+    lan.boot(host)
+    TIMES.append(f"booted after the power cut: {time.monotonic() - began:.1f} s")
+    order = {
+        unit: int(host.show(unit, "ActiveEnterTimestampMonotonic"))
+        for unit in ("ipam-plugin.socket", "etcd.service", "ipam-plugin.service")
+    }
+    order["dockerd's start"] = int(host.show("docker.service", "ExecMainStartTimestampMonotonic"))
+    assert sorted(order, key=lambda unit: order[unit]) == list(order)
+    assert order["ipam-plugin.socket"] > 0
+    TIMES.extend(f"{(when - order['ipam-plugin.socket']) / 1e6:+.3f} s  {unit}" for unit, when in order.items())
+    assert "serving" in host.show("ipam-plugin.service", "StatusText")
+    assert f"inet {host.place.ipv4}/24 " in host("ip address show br0").stdout
+    assert lan.printer.ping(host.place.ipv4)
+    host("docker start web1", 60)
+    host("docker run --detach --network lan --name web2 busybox sleep 1000000", 60)
+    addresses = {address_of(host, "web1"), address_of(host, "web2")}
+    assert all(lan.printer.ping(address) for address in addresses)
+    leases = json.loads(host("ipam-plugin leases --kind endpoint --host host1 -o json").stdout)
+    assert {each["address"] for each in leases} == addresses

@@ -1,0 +1,568 @@
+"""What the daemon knows of the register, against a naive model, however late, early or twice it is told."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import ipaddress
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from ipam_plugin.addresses import AddressSet, Range, address_of, parse_range
+from ipam_plugin.model import (
+    ENDPOINT,
+    HOST,
+    KINDS,
+    ROUTER,
+    History,
+    Host,
+    HostAddress,
+    Keys,
+    Lease,
+    Pool,
+    PoolUse,
+    Reservation,
+    SegmentSettings,
+    Tenancy,
+    encode,
+    rfc3339,
+)
+from ipam_plugin.view import Full, Local, View
+
+KEYS = Keys("/p/")
+START = 1_700_000_000
+COOLDOWN = 300
+V4 = Pool.make("10.0.0.0/28", "", {}, "lan")
+WIDE = Pool.make("10.0.0.0/27", "10.0.0.8/29", {"exclude": "10.0.0.9"}, "lan")
+V6 = Pool.make("fd00::/124", "", {}, "lan")
+ELSEWHERE = Pool.make("10.0.0.0/28", "", {}, "wan")
+POOLS = (V4, WIDE, V6, ELSEWHERE)
+LOCAL = Local(exclude=(parse_range("10.0.0.4"),), routers=(ipaddress.ip_address("10.0.0.1"),), cooldown=float(COOLDOWN))
+# Keys of one address as operators type them; the first is how it is written here.
+SPELLINGS = {4: ("10.0.0.{}", "010.0.0.{}", "10.0.0.{}/printer"), 6: ("fd00::{:x}", "FD00:0::{:X}", "fd00::{:x}/x")}
+
+
+def number_of(version: int, last: int) -> int:
+    return (0x0A000000 if version == 4 else 0xFD << 120) + last
+
+
+def here(segment: str) -> Local:
+    return LOCAL if segment == "lan" else Local(cooldown=float(COOLDOWN))
+
+
+@contextlib.contextmanager
+def all_candidates(view: View, pool: Pool) -> Iterator[tuple[list[int], Full]]:
+    """Every address that is offered until there is none left, all of them being tried at once, and the end."""
+    with contextlib.ExitStack() as stack:
+        found: list[int] = []
+        while True:
+            offered = stack.enter_context(view.candidate(pool))
+            if isinstance(offered, Full):
+                yield found, offered
+                return
+            found.append(int(offered))
+
+
+lease_values = st.builds(
+    lambda kind, host, token: encode(Lease(kind=kind, host=host, token=token)),
+    st.sampled_from(KINDS),
+    st.sampled_from(("here", "there")),
+    st.text("abc", min_size=1, max_size=3),
+) | st.sampled_from((b"", b"printer", b'{"kind": "mine"}', b"\xff"))
+versions = st.sampled_from((4, 6))
+lasts = st.integers(0, 15)
+some_ranges = st.sampled_from(("10.0.0.2", "10.0.0.3-10.0.0.6", "10.0.0.8/30", "fd00::8/125", "10.9.0.0/16"))
+listed = st.lists(some_ranges, max_size=2)
+settings_values = st.builds(
+    lambda router, exclude, reserved, moving: encode(
+        SegmentSettings(
+            router=router,
+            exclude=tuple(exclude),
+            reserved=tuple(Reservation(each, by="ann") for each in reserved),
+            moving=tuple(moving),
+        )
+    ),
+    st.sampled_from(("", "10.0.0.1", "10.0.0.14", "fd00::1")),
+    listed,
+    listed,
+    listed,
+) | st.sampled_from((b"{", b'{"exclude": ["ten"]}'))
+
+
+class ViewOfRegister(RuleBasedStateMachine):
+    """etcd is a dictionary with a log; the view is told of it late, out of turn and twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = START
+        self.view = View(KEYS, "here", here, lambda: float(self.clock))
+        self.etcd: dict[str, tuple[bytes, int]] = {}
+        self.revision = 1
+        self.log: list[tuple[str, bytes | None, int]] = []
+        self.seen = 1  # up to which revision the watch has told
+        self.told: dict[str, int] = {}  # the newest revision of a key that the view was told
+        self.reads: list[tuple[str, bytes | None, int]] = []  # answers of etcd that are still on their way
+        self.lists: list[tuple[dict[str, tuple[bytes, int]], int]] = []
+        self.cursors: dict[str, int | None] = {}
+        self.trying: list[tuple[Any, str, int]] = []
+        self.view.reset([], 1)
+
+    # ---- what happens in etcd
+
+    def write(self, key: str, value: bytes | None) -> None:
+        if value is None and key not in self.etcd:
+            return
+        self.revision += 1
+        if value is None:
+            del self.etcd[key]
+        else:
+            self.etcd[key] = (value, self.revision)
+        self.log.append((key, value, self.revision))
+
+    @rule(
+        segment=st.sampled_from(("lan", "lan", "wan")),
+        version=versions,
+        last=lasts,
+        spelling=st.sampled_from((0, 0, 0, 1, 2)),
+        value=st.none() | lease_values,
+    )
+    def change_a_lease(self, segment: str, version: int, last: int, spelling: int, value: bytes | None) -> None:
+        self.write(f"{KEYS.leases}{segment}/{SPELLINGS[version][spelling].format(last)}", value)
+
+    @rule(version=versions, first=lasts, count=st.integers(1, 15))
+    def fill(self, version: int, first: int, count: int) -> None:
+        for last in range(first, min(16, first + count)):
+            key = f"{KEYS.leases}lan/{SPELLINGS[version][0].format(last)}"
+            if key not in self.etcd:
+                self.write(key, encode(Lease(ENDPOINT, "there", token=str(last))))
+
+    @rule(version=versions, last=lasts)
+    def free_a_lease(self, version: int, last: int) -> None:
+        address = address_of(version, number_of(version, last))
+        if KEYS.lease("lan", address) in self.etcd:
+            until = rfc3339(datetime.datetime.fromtimestamp(self.clock, datetime.UTC))
+            self.write(KEYS.lease("lan", address), None)
+            self.write(KEYS.past("lan", address), encode(History((Tenancy(ENDPOINT, until=until),))))
+
+    @rule(value=st.none() | settings_values)
+    def change_the_settings(self, value: bytes | None) -> None:
+        self.write(KEYS.segment("lan"), value)
+
+    @rule(name=st.sampled_from(("here", "there")), found=st.none() | st.lists(lasts, max_size=2))
+    def change_a_host(self, name: str, found: list[int] | None) -> None:
+        if found is None:
+            self.write(KEYS.host(name), None)
+        else:
+            addresses = tuple(HostAddress(f"10.0.0.{last}", 28, "br0") for last in found)
+            self.write(KEYS.host(name), encode(Host(name, addresses=addresses)))
+
+    @rule(
+        key=st.sampled_from(("leases/lan/printer", "leases/", "nothing/we/know", "hosts/", "pools/x", "history/lan/x"))
+    )
+    def write_junk(self, key: str) -> None:
+        self.write(KEYS.prefix + key, b"junk")
+
+    @rule(seconds=st.sampled_from((1, COOLDOWN - 1, COOLDOWN)))
+    def time_goes_on(self, seconds: int) -> None:
+        self.clock += seconds
+
+    # ---- what the view is told
+
+    @rule(count=st.integers(1, 20))
+    def watch(self, count: int) -> None:
+        events = [event for event in self.log if event[2] > self.seen][:count]
+        for key, _, revision in events:
+            self.told[key] = max(self.told.get(key, 0), revision)
+        if events:
+            self.seen = events[-1][2]
+            self.view.apply(events, self.seen)
+
+    @rule(version=versions, last=lasts, late=st.booleans())
+    def answer(self, version: int, last: int, late: bool) -> None:
+        """A transaction of this daemon read or wrote a lease; the thread may be slow to say so."""
+        key = KEYS.lease("lan", address_of(version, number_of(version, last)))
+        value, revision = self.etcd.get(key, (None, self.revision))
+        self.reads.append((key, value, revision))
+        if not late:
+            self.late_answer(-1)
+
+    @precondition(lambda self: self.reads)
+    @rule(place=st.integers(0, 20))
+    def late_answer(self, place: int) -> None:
+        key, value, revision = self.reads.pop(place % len(self.reads))
+        if revision > self.seen:
+            self.told[key] = max(self.told.get(key, 0), revision)
+        self.view.learn(key, value, revision)
+
+    @rule()
+    def list_everything(self) -> None:
+        self.lists.append((dict(self.etcd), self.revision))
+
+    @precondition(lambda self: self.lists)
+    @rule(place=st.integers(0, 20))
+    def the_list_arrives(self, place: int) -> None:
+        """After the watch lost its place. While the list was on its way, transactions went on."""
+        values, revision = self.lists.pop(place % len(self.lists))
+        if revision >= self.seen:
+            for key, (_, key_revision) in values.items():
+                self.told[key] = max(self.told.get(key, 0), key_revision)
+            self.seen = revision
+            self.view.reset([(key, value, at) for key, (value, at) in values.items()], revision)
+
+    @precondition(lambda self: self.lists)
+    @rule()
+    def etcd_goes_back_to_a_backup(self) -> None:
+        values, revision = self.lists.pop(0)
+        if revision < self.seen:
+            self.etcd, self.revision, self.seen = dict(values), revision, revision
+            self.log = [event for event in self.log if event[2] <= revision]
+            self.told = {key: at for key, (_, at) in values.items()}
+            self.reads, self.lists = [], []
+            self.view.reset([(key, value, at) for key, (value, at) in values.items()], revision)
+
+    # ---- the naive model
+
+    def taken(self, pool: Pool, told_only: bool = False) -> set[int]:
+        found = set()
+        for key, (_, revision) in self.etcd.items():
+            match = re.fullmatch(rf"{KEYS.leases}{pool.segment}/([^/]+)(/.*)?", key)
+            if match and match[1] != "printer" and (not told_only or self.told.get(key) == revision):
+                text = match[1].removeprefix("0")
+                if ipaddress.ip_address(text).version == pool.subnet.version:
+                    found.add(int(ipaddress.ip_address(text)))
+        return found
+
+    def forbidden(self, pool: Pool) -> set[int]:
+        ranges: list[Range] = [*pool.exclude, *here(pool.segment).exclude]
+        singles = [*here(pool.segment).routers]
+        stored = self.etcd.get(KEYS.segment(pool.segment))
+        with contextlib.suppress(ValueError, msgspec.MsgspecError):
+            value = msgspec.json.decode(stored[0] if stored else b"{}", type=SegmentSettings)
+            told = [*value.exclude, *value.moving, *(each.range for each in value.reserved)]
+            ranges += [parse_range(text) for text in told]
+            singles += [ipaddress.ip_address(value.router)] if value.router else []
+        for name in ("here", "there"):
+            record = self.etcd.get(KEYS.host(name))
+            if record:
+                host = msgspec.json.decode(record[0], type=Host)
+                singles += [ipaddress.ip_address(each.address) for each in host.addresses]
+        version, where = pool.subnet.version, pool.candidates
+        inside = (address_of(version, number) for number in range(where.first, where.last + 1))
+        excluded = {int(each) for each in inside if any(one.contains(each) for one in ranges)}
+        return excluded | {int(each) for each in singles if each.version == version}
+
+    def resting(self, pool: Pool) -> set[int]:
+        found = set()
+        for key, (value, _) in self.etcd.items():
+            text = key.removeprefix(f"{KEYS.history}{pool.segment}/")
+            if text != key and text != "x" and ipaddress.ip_address(text).version == pool.subnet.version:
+                freed = datetime.datetime.fromisoformat(msgspec.json.decode(value)["past"][0]["until"]).timestamp()
+                if freed + COOLDOWN > self.clock:
+                    found.add(int(ipaddress.ip_address(text)))
+        return found
+
+    def pending(self, pool: Pool) -> set[int]:
+        return {number for _, segment, number in self.trying if segment == pool.segment}
+
+    def expected(self, pool: Pool) -> list[int]:
+        """What may be offered now, in order of preference."""
+        where = pool.candidates
+        free = set(range(where.first, where.last + 1)) - self.taken(pool) - self.forbidden(pool) - self.pending(pool)
+        start = self.cursors.get(pool.id)
+        start = start if start is not None and start <= where.last else where.first
+        turned = [*range(start, where.last + 1), *range(where.first, start)]
+        rested = free - self.resting(pool)
+        return [n for n in turned if n in rested] + [n for n in turned if n in free - rested]
+
+    def fitting(self, pool: Pool, expected: list[int]) -> set[int]:
+        """The first of these; where it follows another host's address, any that is as good: that host goes on there."""
+        first = expected[0]
+        before = self.etcd.get(KEYS.lease(pool.segment, address_of(pool.subnet.version, first - 1)))
+        if first == pool.candidates.first or before is None or b'"host":"here"' in before[0]:
+            return {first}
+        return set(expected) - self.resting(pool) or set(expected)
+
+    def offer(self, pool: Pool, offered: Any) -> None:
+        caught_up = self.seen == self.revision
+        if isinstance(offered, Full):
+            assert not (caught_up and self.expected(pool)), "free addresses, but none was offered"
+            where = pool.candidates
+            assert offered.pending == any(where.first <= number <= where.last for number in self.pending(pool))
+            return
+        number = int(offered)
+        assert pool.candidates.contains(offered)
+        assert number not in self.pending(pool)
+        assert number not in self.taken(pool, told_only=True)
+        if caught_up:
+            expected = self.expected(pool)
+            assert number in expected
+            if self.cursors.get(pool.id) is not None:
+                assert number in self.fitting(pool, expected)
+            else:  # the first one is anywhere, but it does not rest as long as others do not
+                assert number not in self.resting(pool) or set(expected) <= self.resting(pool)
+        self.cursors[pool.id] = number + 1
+
+    # ---- choosing
+
+    @rule(pool=st.sampled_from(POOLS), keep=st.booleans())
+    def choose(self, pool: Pool, keep: bool) -> None:
+        context = self.view.candidate(pool)
+        offered = context.__enter__()
+        self.offer(pool, offered)
+        if keep and not isinstance(offered, Full):
+            self.trying.append((context, pool.segment, int(offered)))
+        else:
+            context.__exit__(None, None, None)
+
+    @precondition(lambda self: self.trying)
+    @rule()
+    def let_go(self) -> None:
+        self.trying.pop(0)[0].__exit__(None, None, None)
+
+    @rule(pool=st.sampled_from(POOLS))
+    def lose_a_race(self, pool: Pool) -> None:
+        self.view.lost_race(pool)
+        self.cursors[pool.id] = None
+
+    @rule(pool=st.sampled_from(POOLS))
+    def look_at_everything(self, pool: Pool) -> None:
+        """Caught up with etcd, the view offers exactly what is free, and counts what is not."""
+        self.watch(10_000)
+        where = pool.candidates
+        expected = self.expected(pool)
+        with all_candidates(self.view, pool) as (found, full):
+            assert sorted(found) == sorted(expected)
+        if found:
+            self.cursors[pool.id] = found[-1] + 1
+        gone = (self.taken(pool) | self.forbidden(pool)) & set(range(where.first, where.last + 1))
+        size, parts = full.counts.split(" addresses: ")
+        assert int(size) == where.size()
+        assert sum(map(int, re.findall(r"(\d+) ", parts))) == len(gone)
+        aliases = {number for number in self.taken(pool) if self.typed_otherwise(pool, number)}
+        for number in range(where.first, where.last + 1):
+            address = address_of(where.version, number)
+            excluded = any(each.contains(address) for each in pool.exclude)
+            barred = number in self.forbidden(pool) and not excluded
+            if not excluded:
+                assert bool(self.view.forbids(pool.segment, address)) == (barred or number in aliases)
+
+    def typed_otherwise(self, pool: Pool, number: int) -> bool:
+        last = number % 16
+        texts = (text.format(last) for text in SPELLINGS[pool.subnet.version][1:])
+        return any(f"{KEYS.leases}{pool.segment}/{text}" in self.etcd for text in texts)
+
+    @invariant()
+    def entries_are_as_told(self) -> None:
+        """Caught up, the leases the view knows are those in etcd, with their revisions."""
+        if self.seen == self.revision:
+            for last in range(16):
+                address = address_of(4, number_of(4, last))
+                stored = self.etcd.get(KEYS.lease("lan", address))
+                entry = self.view.entry("lan", address)
+                assert (entry.revision if entry else 0) == (stored[1] if stored else 0)
+
+    def teardown(self) -> None:
+        for context, *_ in self.trying:
+            context.__exit__(None, None, None)
+
+
+ViewOfRegister.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestViewAgainstANaiveModel = ViewOfRegister.TestCase
+
+
+# --- single rules --------------------------------------------------------------------------------------
+
+
+def fed(*pairs: tuple[str, bytes], host: str = "here", revision: int = 100) -> View:
+    view = View(KEYS, host, lambda segment: Local(cooldown=float(COOLDOWN)), lambda: float(START))
+    view.reset([(key, value, 2 + place) for place, (key, value) in enumerate(pairs)], revision)
+    return view
+
+
+def lease_key(last: int) -> str:
+    return KEYS.lease("lan", address_of(4, number_of(4, last)))
+
+
+def first_offer(view: View, pool: Pool) -> int:
+    with view.candidate(pool) as offered:
+        assert not isinstance(offered, Full)
+        return int(offered)
+
+
+def test_hosts_start_at_different_points() -> None:
+    """Section 6: the first address is hashed from the host's name, so hosts rarely meet; the same host begins alike."""
+    pool = Pool.make("10.0.0.0/16", "", {}, "lan")
+    starts = [first_offer(fed(host=f"host-{number}"), pool) for number in range(50)]
+    assert len(set(starts)) >= 48
+    assert max(starts) - min(starts) > 30_000
+    assert first_offer(fed(host="host-7"), pool) == starts[7]
+
+
+def test_after_a_lost_race_it_goes_on_elsewhere() -> None:
+    """Section 6: next to the lost address the two hosts would meet again, at every further one."""
+    pool = Pool.make("10.0.0.0/16", "", {}, "lan")
+    view = fed()
+    before = first_offer(view, pool)
+    view.lost_race(pool)
+    assert abs(first_offer(view, pool) - before) > 8
+
+
+def test_a_slow_answer_brings_no_ghost_back() -> None:
+    """P5: a lease that a transaction read, and whose end the watch told before, would else be taken for ever."""
+    view, lease = fed(), encode(Lease(ENDPOINT, "there", token="t"))
+    view.apply([(lease_key(5), lease, 101)], 101)
+    view.apply([(lease_key(5), None, 102)], 102)
+    view.learn(lease_key(5), lease, 101)
+    assert view.entry("lan", address_of(4, number_of(4, 5))) is None
+
+
+def test_an_own_lease_that_the_watch_has_not_told_yet_stays() -> None:
+    """A late event of before, or a list that was read before, does not make an address free that was just given."""
+    view, lease, address = fed(), encode(Lease(ENDPOINT, "here", token="t")), address_of(4, number_of(4, 5))
+    view.learn(lease_key(5), lease, 120)
+    view.apply([(lease_key(5), None, 110)], 110)
+    assert view.entry("lan", address) is not None
+    view.reset([], 115)
+    assert view.entry("lan", address) is not None
+    view.reset([], 130)
+    assert view.entry("lan", address) is None
+
+
+def test_a_restored_backup_leaves_no_ghosts() -> None:
+    """Section 8: when etcd's revision went back, what was written since is gone, and so is it from the view."""
+    view = fed((lease_key(5), encode(Lease(ENDPOINT, "there"))), revision=200)
+    view.apply([(lease_key(6), encode(Lease(ENDPOINT, "there")), 210)], 210)
+    view.reset([], 150)
+    assert view.use("lan") == {}
+    assert view.revision == 150
+    assert not view.wait_for(180, deadline=0)
+
+
+def test_an_address_rests_no_longer_than_the_cooldown() -> None:
+    """A host whose clock is a day ahead wrote when it freed an address; here it rests five minutes like any other."""
+    now = [float(START)]
+    view = View(KEYS, "here", lambda segment: Local(cooldown=float(COOLDOWN)), lambda: now[0])
+    tomorrow = rfc3339(datetime.datetime.fromtimestamp(START + 86_400, datetime.UTC))
+    address = address_of(4, number_of(4, 5))
+    history = encode(History((Tenancy(ENDPOINT, until=tomorrow),)))
+    view.reset([(KEYS.past("lan", address), history, 5)], 5)
+    with all_candidates(view, V4) as (found, _):
+        assert found[-1] == int(address)
+    now[0] += COOLDOWN
+    view.lost_race(V4)
+    with all_candidates(view, V4) as (found, _):
+        assert found == sorted(found, key=lambda n: (n < found[0], n))
+
+
+@pytest.mark.parametrize("text", ["010.0.0.5", "10.0.0.5/printer", "::ffff:10.0.0.5"])
+def test_an_address_typed_otherwise_is_taken_also_for_ip(text: str) -> None:
+    """P2: it is neither offered nor given by --ip, and the refusal names the key."""
+    view = fed((f"{KEYS.leases}lan/{text}", b"printer"))
+    assert text in view.forbids("lan", ipaddress.ip_address("10.0.0.5"))
+    with all_candidates(view, V4) as (found, full):
+        assert number_of(4, 5) not in found
+        assert "1 by a key that spells the address in another way" in full.counts
+
+
+def test_settings_that_cannot_be_read_say_why() -> None:
+    """To guess could give out what an operator excluded: the reason is kept for the refusal (P2, P7)."""
+    view = fed((KEYS.segment("lan"), b'{"exclude": ["ten"]}'))
+    assert "'ten' is not an IPv4 or IPv6 address" in view.settings("lan").error
+    assert view.settings("lan").revision == 2
+
+
+def test_pools_hosts_and_own_leases() -> None:
+    """The questions about the rest: subnets in use, who uses a pool, whose address it is, what a host holds."""
+    use = encode(PoolUse("here", "lan", "10.0.0.0/28"))
+    record = encode(Host("there", addresses=(HostAddress("10.0.0.2", 28, "br0"),)))
+    view = fed(
+        (KEYS.pool(V4, "here"), use),
+        (f"{KEYS.pools}no/pool/of/ours/here", use),
+        (KEYS.host("there"), record),
+        (lease_key(2), encode(Lease(HOST, "there"))),
+        (lease_key(3), encode(Lease(ROUTER))),
+        (lease_key(5), encode(Lease(ENDPOINT, "here"))),
+    )
+    assert view.subnets() == {"lan": {V4.subnet}}
+    assert view.uses(V4.id, "here")
+    assert not view.uses(V4.id, "there")
+    assert view.host_with(ipaddress.ip_address("10.0.0.2")) == "there"
+    assert view.host_with(ipaddress.ip_address("10.0.0.3")) == ""
+    assert [str(address) for address, _ in view.shared_entries(V4, (ROUTER, HOST))] == ["10.0.0.3", "10.0.0.2"]
+    assert view.shared_entries(Pool.make("10.0.0.8/29", "", {}, "lan"), (ROUTER, HOST)) == []
+    assert [(segment, str(address)) for segment, address, _ in view.entries_of("here")] == [("lan", "10.0.0.5")]
+    assert view.use("lan") == {HOST: 1, ROUTER: 1, ENDPOINT: 1}
+    view.apply([(KEYS.pool(V4, "here"), None, 101)], 101)
+    assert view.subnets() == {}
+
+
+def test_a_host_that_a_transaction_wrote_is_known_at_once() -> None:
+    """P2: this host's own new address is not offered in the moment until the watch tells it."""
+    view = fed()
+    record = encode(Host("here", addresses=(HostAddress("10.0.0.5", 28, "br0"),)))
+    view.learn(KEYS.host("here"), record, 101)
+    assert view.forbids("lan", ipaddress.ip_address("10.0.0.5")) == "it is Docker host here's own address"
+
+
+class Questions:
+    """Counts what the sets are asked, and which of that walks through their runs."""
+
+    WALKS = ("__iter__", "__len__", "count")
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked = 0
+        self.walked = 0
+        for name, method in list(vars(AddressSet).items()):
+            if callable(method) and name != "__init__":
+                monkeypatch.setattr(AddressSet, name, self.counting(name, method))
+
+    def counting(self, name: str, method: Any) -> Any:
+        def counted(*arguments: Any) -> Any:
+            self.asked += 1
+            self.walked += name in self.WALKS
+            return method(*arguments)
+
+        return counted
+
+
+@pytest.mark.parametrize(
+    ("subnet", "used"),
+    [
+        ("10.0.0.0/8", range(0)),
+        ("fd00::/64", range(0)),
+        ("fd00::/64", range(1, 2000)),
+        ("172.16.0.0/16", range(1, 64_900)),
+        ("172.16.0.0/16", [number for number in range(1, 65_535) if number % 100]),
+    ],
+)
+def test_choosing_costs_the_same_in_any_pool(subnet: str, used: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Section 6: a /8, a /64 and a /16 that is 99 % full, in one row or with holes: as few questions each time."""
+    pool = Pool.make(subnet, "", {}, "lan")
+    version, base = pool.subnet.version, int(pool.subnet.network_address)
+    lease = encode(Lease(ENDPOINT, "here"))
+    view = fed(*((KEYS.lease("lan", address_of(version, base + last)), lease) for last in used), revision=100_000)
+    first_offer(view, pool)  # works out once what is forbidden
+    questions = Questions(monkeypatch)
+    for _ in range(20):
+        first_offer(view, pool)
+    assert questions.asked <= 20 * 16
+    assert questions.walked == 0
+
+
+def test_two_requests_are_never_offered_the_same_address() -> None:
+    """What one request tries, another of this daemon is not offered; it is told that others are still trying."""
+    view = fed()
+    with all_candidates(view, V4) as (found, full):
+        assert len(found) == len(set(found)) == 14
+        assert full.pending
+        with view.candidate(V4) as offered:
+            assert offered == full
+    with all_candidates(view, V4) as (found, _):
+        assert len(found) == 14
