@@ -269,9 +269,11 @@ class _Server(gunicorn.app.base.BaseApplication):  # type: ignore[misc]  # gunic
             "workers": 1,
             "worker_class": "gthread",
             "threads": WAITING + SPARE_THREADS,
-            "worker_connections": 4 * WAITING,
-            # A kept connection that closes just as dockerd writes makes it send the request again, empty.
-            "keepalive": 0,
+            "worker_connections": 10_000,
+            # Connections are kept open until dockerd closes them. One that the server closed just as dockerd wrote on
+            # it would make dockerd send the request again, empty; and gunicorn waits for the client's end of every
+            # connection that it closes, in the thread that accepts the others.
+            "keepalive": 30 * 24 * 3600,
             "timeout": 60,
             "graceful_timeout": int(self._config.deadline) + 1,
             "control_socket_disable": True,

@@ -7,6 +7,7 @@ tolerant: a lease key with any value at all means that the address is taken. Wri
 from __future__ import annotations
 
 import datetime
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -56,7 +57,7 @@ def parse_duration(text: str) -> float:
     return float(match[1]) * unit
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Pool:
     """A subnet, perhaps narrowed to a range, as one Docker network asked for it, with its options.
 
@@ -73,7 +74,7 @@ class Pool:
     probe: str = ""
     hold: str = ""
 
-    @property
+    @functools.cached_property
     def id(self) -> str:
         parts = [self.segment, str(self.subnet)]
         if self.range is not None:
@@ -93,7 +94,7 @@ class Pool:
         }
         return {name: value for name, value in told.items() if value}
 
-    @property
+    @functools.cached_property
     def candidates(self) -> Range:
         """Where an address may be chosen: the range, or else the subnet, without what no machine may have."""
         usable = usable_range(self.subnet)
@@ -144,6 +145,7 @@ class Pool:
         )
 
     @classmethod
+    @functools.lru_cache(maxsize=1024)  # every request carries a PoolID, and a host has few networks
     def parse(cls, pool_id: str) -> Pool:
         """The pool that a PoolID describes. Raises PoolUnknown when this program never made that PoolID.
 

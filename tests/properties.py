@@ -6,7 +6,7 @@ import ipaddress
 from collections.abc import Callable
 from typing import Any
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, assume, settings
 from hypothesis import strategies as st
 
 from ipam_plugin.addresses import AddressSet, Range
@@ -34,8 +34,10 @@ texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
 @st.composite
 def subnets(draw: st.DrawFn, v4: tuple[int, int] = (8, 32), v6: tuple[int, int] = (32, 128)) -> Any:
     if draw(st.booleans()):
-        number = draw(st.integers(1 << 24, 2**32 - 1))
-        return ipaddress.IPv4Network((number, draw(st.integers(*v4))), strict=False)
+        number = draw(st.integers(1 << 24, (224 << 24) - 1).filter(lambda number: number >> 24 != 127))
+        network = ipaddress.IPv4Network((number, draw(st.integers(*v4))), strict=False)
+        assume(not (network.is_loopback or network.is_multicast))
+        return network
     number = 0x2001 << 112 | draw(st.integers(0, 2**112 - 1))
     return ipaddress.IPv6Network((number, draw(st.integers(*v6))), strict=False)
 

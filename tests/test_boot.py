@@ -172,7 +172,7 @@ def test_uninstall_and_install_on_a_live_system(system: System) -> None:
     assert "left with what the daemon wrote" in said
     assert system("systemctl", "is-active", "docker.service") == "active"
     assert system.show("ipam-plugin.service", "LoadState") == "not-found"
-    for path in ("/etc/docker", "/etc/ipam-plugin", "/usr/local/bin/ipam-plugin", "/run/ipam-plugin/ipam-plugin.sock"):
+    for path in ("/etc/docker/plugins", "/etc/ipam-plugin", "/usr/local/bin/ipam-plugin", "/run/ipam-plugin"):
         assert system("sh", "-c", f"test -e {path} || test -L {path} || echo gone") == "gone", path
     said = system("/opt/ipam-plugin/bin/ipam-plugin", "install", seconds=60)
     assert "ipam-plugin.socket and ipam-plugin.service enabled and started" in said

@@ -69,7 +69,7 @@ OWNERS = {
 PURE = {
     "errors": set(),
     "addresses": {"bisect", "collections", "ipaddress", "typing"},
-    "model": {"collections", "dataclasses", "datetime", "re", "typing"},
+    "model": {"collections", "dataclasses", "datetime", "functools", "re", "typing"},
     "protocol": {"enum", "re", "typing"},
     "decisions": {"collections", "enum", "ipaddress", "typing"},
 }

@@ -136,6 +136,8 @@ def test_any_request_is_a_pool_or_refused(subnet: str, narrowed: str, options: d
         ("10.0.0.0/24", "", {"exclude": "10.0.1.1"}, "--ipam-opt exclude: 10.0.1.1 does not lie inside --subnet"),
         ("10.0.0.0/24", "", {"exclude": "ten"}, "--ipam-opt exclude: 'ten' is not an IPv4 or IPv6 address"),
         ("10.0.0.0/24", "", {"hold": "long"}, "--ipam-opt hold: 'long' is not a duration such as 30s, 10m or 24h"),
+        ("224.0.0.0/24", "", {}, "--subnet 224.0.0.0/24 is no subnet that machines of a LAN can have addresses in"),
+        ("127.0.0.0/8", "", {}, "--subnet 127.0.0.0/8 is no subnet"),
         ("fe80::%eth0/64", "", {}, "--subnet 'fe80::%eth0/64' is not a subnet such as 192.168.1.0/24"),
     ],
 )

@@ -261,13 +261,11 @@ def barriers(daemons: Sequence[DaemonProcess]) -> float:
     return sum(each.metric('ipam_plugin_etcd_transactions_total{purpose="barrier"}') for each in daemons)
 
 
-#: A daemon whose store reads and compares, and then writes. The pause between the two stands for the time that a
-#: transaction spends on the way; without it the mistake is the same, only rarer.
+#: A daemon whose store reads and compares, and then writes. Nothing makes its race easier to lose.
 CHECKS_THEN_WRITES = (
     sys.executable,
     "-c",
     "import fakes, ipam_plugin.daemon, ipam_plugin.cli\n"
-    "fakes.CheckThenWriteEtcd.gap = 0.03\n"
     "ipam_plugin.daemon.Etcd = fakes.CheckThenWriteEtcd\n"
     "ipam_plugin.cli.main()",
 )

@@ -373,7 +373,7 @@ class ViewOfRegister(RuleBasedStateMachine):
             context.__exit__(None, None, None)
 
 
-ViewOfRegister.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+ViewOfRegister.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestViewAgainstANaiveModel = ViewOfRegister.TestCase
 
 
@@ -566,3 +566,14 @@ def test_two_requests_are_never_offered_the_same_address() -> None:
             assert offered == full
     with all_candidates(view, V4) as (found, _):
         assert len(found) == 14
+
+
+def test_an_address_that_rests_goes_on_resting() -> None:
+    """Given (nothing else was left) and taken back within its cooldown, it still comes after all others."""
+    until = rfc3339(datetime.datetime.fromtimestamp(START, datetime.UTC))
+    address = address_of(4, number_of(4, 5))
+    view = fed((KEYS.past("lan", address), encode(History((Tenancy(ENDPOINT, until=until),)))))
+    view.apply([(lease_key(5), encode(Lease(ENDPOINT, "here")), 101)], 101)
+    view.apply([(lease_key(5), None, 102)], 102)
+    with all_candidates(view, V4) as (found, _):
+        assert found[-1] == int(address)
