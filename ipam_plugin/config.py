@@ -187,7 +187,7 @@ def _listen(value: Any) -> str:
     return str(value)
 
 
-_NAME = r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"
+_NAME = r"(?!.*\.\.)[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"
 _name = _matching(
     "a name of up to 63 letters, digits, dots, dashes and underscores that starts and ends with a letter "
     "or digit (in quotes when it is all digits)",

@@ -22,6 +22,7 @@ import flask
 import gunicorn.app.base
 import gunicorn.arbiter
 import gunicorn.glogging
+import gunicorn.workers.gthread
 import msgspec
 
 from ipam_plugin import __version__, interfaces
@@ -87,9 +88,7 @@ class Daemon:
         self._embedded = EmbeddedEtcd(config.state_dir, config.etcd.endpoints[0]) if embedded_etcd else None
         self._etcd = etcd_of(config)
         self._view = View(keys, name, lambda segment: local_settings(config, segment))
-        self._presence = Presence(
-            self._etcd, self._view, keys, state, name=name, carried=carried, time_limit=5.0
-        )
+        self._presence = Presence(self._etcd, self._view, keys, state, name=name, carried=carried, time_limit=5.0)
         self._register = Register(
             self._etcd,
             self._view,
@@ -252,6 +251,19 @@ def _is_stale_socket(path: str) -> bool:
     return False
 
 
+class _Worker(gunicorn.workers.gthread.ThreadWorker):  # type: ignore[misc]  # gunicorn ships no types
+    """gunicorn's worker with threads, which at a stop does not wait for connections that never asked anything.
+
+    An HTTP client may open one more than it needs and keep it (Go's does). The worker waits for those until
+    graceful_timeout; kept-alive ones it closes after two seconds.
+    """
+
+    def _cap_keepalive(self, deadline: float) -> None:
+        super()._cap_keepalive(deadline)
+        for connection in self.pending_conns:
+            connection.timeout = min(connection.timeout, deadline)
+
+
 class _Server(gunicorn.app.base.BaseApplication):  # type: ignore[misc]  # gunicorn ships no types
     def __init__(
         self, config: Config, state: StateDir, name: str, listener: socket.socket | None, embedded_etcd: bool
@@ -267,7 +279,7 @@ class _Server(gunicorn.app.base.BaseApplication):  # type: ignore[misc]  # gunic
     def load_config(self) -> None:
         settings: dict[str, Any] = {
             "workers": 1,
-            "worker_class": "gthread",
+            "worker_class": _Worker,
             "threads": WAITING + SPARE_THREADS,
             "worker_connections": 10_000,
             # Connections are kept open until dockerd closes them. One that the server closed just as dockerd wrote on

@@ -153,6 +153,8 @@ def register_own(lease: Lease | None, claim: Claim, carrier: InterfaceAddress) -
         if (lease.mac, lease.interface) == (carrier.mac, carrier.interface):
             return KEEP
         return msgspec.structs.replace(lease, mac=carrier.mac, interface=carrier.interface)
+    if lease.kind == HOST and lease.mac and lease.mac == carrier.mac and not lease.holders:
+        return own_address(claim, carrier)  # this very interface, from when the host had another name
     if lease.kind in (RESERVED, UNREADABLE, ROUTER):
         return KEEP
     if lease.kind == CONFLICT and lease.mac and lease.mac == carrier.mac:

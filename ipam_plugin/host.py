@@ -25,7 +25,7 @@ from ipam_plugin import __version__
 from ipam_plugin.errors import ConfigError, IpamError, NotServing
 from ipam_plugin.etcd import Commit, Delete, KeyValue, Put
 from ipam_plugin.interfaces import InterfaceAddress
-from ipam_plugin.model import NAME, Alive, Host, HostAddress, Keys, decode, encode, rfc3339
+from ipam_plugin.model import HOST, NAME, Alive, Host, HostAddress, Keys, decode, encode, rfc3339
 from ipam_plugin.register import Register
 from ipam_plugin.view import View
 
@@ -96,7 +96,7 @@ class StateDir:
         if not known:
             known = secrets.token_urlsafe(12)
             self.write("token", known)
-        return known
+        return f"{known}.{self.path.stat().st_ino}"  # a copy is another directory
 
 
 def host_name(configured: str | None, hostname: str, kept: str) -> tuple[str, str]:
@@ -281,7 +281,7 @@ class Presence:
         if who is Predecessor.SELF and self._ttl_lease:
             if not self._may_use_name():
                 return False
-            self._keep_name()
+            self._keep_name(deadline)
             return True
         if who is Predecessor.UNKNOWN:
             self._wait_for_other(found, _alive(found))
@@ -297,13 +297,19 @@ class Presence:
         self._ttl_lease = lease
         if commit.applied:
             self._blocked_since = 0.0
-            self._keep_name()
+            self._keep_name(deadline)
         return commit.applied
 
-    def _keep_name(self) -> None:
-        if self._kept_name != self.name:
-            self._state.write("host", self.name)
-            self._kept_name = self.name
+    def _keep_name(self, deadline: float) -> None:
+        if self._kept_name == self.name:
+            return
+        revision, _ = self._view.host(self._kept_name)
+        if revision:
+            old = self._keys.host(self._kept_name)
+            commit = self._etcd.commit({old: revision}, [Delete(old)], deadline=deadline)
+            self._view.learn(old, None, commit.revision)
+        self._state.write("host", self.name)
+        self._kept_name = self.name
 
     def _wait_for_other(self, found: KeyValue | None, other: Alive | None) -> None:
         now = time.monotonic()
@@ -327,13 +333,16 @@ class Presence:
         """A name that was changed in the configuration would strand the leases of the old one."""
         if not self._kept_name or self._kept_name == self.name:
             return True
-        stranded = self._view.entries_of(self._kept_name)
+        # The addresses of its own interfaces go along; what its networks use cannot.
+        stranded = [
+            str(address) for _, address, entry in self._view.entries_of(self._kept_name) if entry.kind != HOST
+        ] + self._view.pools_of(self._kept_name)
         if not stranded:
             return True
         self._set_serving(
             False,
-            f"the configuration names this host {self.name}, but {len(stranded)} leases are under its old name"
-            f" {self._kept_name}, such as {stranded[0][1]}: set host: {self._kept_name} again, or remove this host's"
+            f"the configuration names this host {self.name}, but {len(stranded)} leases and pools are under its old"
+            f" name {self._kept_name}, such as {stranded[0]}: set host: {self._kept_name} again, or remove this host's"
             " containers and networks that use the driver before the name is changed",
         )
         return False

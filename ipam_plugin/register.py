@@ -558,6 +558,10 @@ class Register:
             if may_be_orphan:
                 self._abandon(key, claim)
             raise
+        there = commit.found.get(key)
+        if not commit.applied and there and lease.token == claim.token == read_lease(there.value).token:
+            # An earlier try was applied, and somebody has changed the lease since (filled in a name): it is ours.
+            return commit._replace(applied=True)
         if commit.uncertain and may_be_orphan:
             # Not ours now, but an earlier try may be written yet, should the address become free.
             self._abandon(key, claim)
@@ -579,7 +583,8 @@ class Register:
         return self._write(
             "free",
             {current.key: current.revision, past_key: past.revision if past else 0, **unchanged},
-            [Delete(current.key), Put(past_key, encode(history))],
+            # In this order the view knows that the address rests before it sees it free.
+            [Put(past_key, encode(history)), Delete(current.key)],
             deadline,
         )
 

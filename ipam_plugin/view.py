@@ -437,6 +437,11 @@ class View:
         with self._changed:
             return host in self._pools.get(pool_id, {})
 
+    def pools_of(self, host: str) -> list[str]:
+        """The PoolIDs that a host uses."""
+        with self._changed:
+            return [pool_id for pool_id, uses in self._pools.items() if host in uses]
+
     def host(self, name: str) -> tuple[int, Host | None]:
         with self._changed:
             return self._hosts.get(name, (0, None))

@@ -61,7 +61,9 @@ def main() -> int:
 def _ping_others(host: Host, addresses: list[str]) -> int:
     loop = f"for a in {' '.join(addresses)}; do ping -c 1 -W 2 $a >/dev/null || echo $a; done"
     silent = host.docker("exec", "web1", "sh", "-c", loop, timeout=120).split()
-    say(f"ping from a container on {host.name}: {len(addresses) - len(silent)} of {len(addresses)} on the others answer")
+    say(
+        f"ping from a container on {host.name}: {len(addresses) - len(silent)} of {len(addresses)} on the others answer"
+    )
     return len(silent)
 
 

@@ -501,3 +501,14 @@ def test_only_the_address_of_a_removed_bridge_is_lost(lease: Lease, claim: Claim
     """P3, P5: freed when no interface carries it is what Docker once put on a bridge of this host, unused by now."""
     freed = decisions.lost_address(lease, claim) is FREE
     assert freed == (lease.kind == HOST and lease.host == ME and bool(lease.pool) and not lease.holders)
+
+
+def test_a_renamed_host_takes_its_own_address_along() -> None:
+    """P3: the lease of another name with the MAC of this very interface is this host's; with holders it is not."""
+    lease = Lease(HOST, "before", mac=CARRIER.mac, interface="br0", token="t")
+    assert decisions.register_own(lease, CLAIM, CARRIER) == decisions.own_address(CLAIM, CARRIER)
+    used = msgspec.structs.replace(lease, holders=(Holder("before", "pool"),))
+    with pytest.raises(AddressTaken):
+        decisions.register_own(used, CLAIM, CARRIER)
+    with pytest.raises(AddressTaken):
+        decisions.register_own(msgspec.structs.replace(lease, mac="52:54:00:00:00:99"), CLAIM, CARRIER)

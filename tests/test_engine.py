@@ -23,6 +23,10 @@ NETWORK = (
     "network create -d bridge --ipam-driver ipam-plugin --subnet 192.168.77.0/24 --ipam-opt exclude=192.168.77.96/27"
     f" --aux-address DefaultGatewayIPv4={ROUTER} -o com.docker.network.bridge.name=br0 lan"
 ).split()
+CREATE = (
+    *("network", "create", "-d", "bridge", "--ipam-driver", "ipam-plugin"),
+    *("-o", "com.docker.network.bridge.name=br0"),
+)
 DEADLINE = 15.0  # the daemon's, unless configured
 
 Leases = dict[str, dict[str, Any]]
@@ -67,9 +71,7 @@ def leases(lab: Lab, segment: str = "default") -> Leases:
     """The leases as an operator reads them with etcdctl."""
     prefix = f"/ipam-plugin/v1/leases/{segment}/"
     lines = lab.etcdctl("get", "--prefix", prefix).splitlines()
-    return {
-        key.removeprefix(prefix): json.loads(value) for key, value in zip(lines[::2], lines[1::2], strict=True)
-    }
+    return {key.removeprefix(prefix): json.loads(value) for key, value in zip(lines[::2], lines[1::2], strict=True)}
 
 
 def of_kind(lab: Lab, kind: str, segment: str = "default") -> Leases:
@@ -105,7 +107,9 @@ def start(host: Host, name: str, *options: str, network: str = "lan") -> str:
 
 
 def address_of(host: Host, name: str, network: str = "lan") -> str:
-    return host.docker("inspect", "-f", f"{{{{(index .NetworkSettings.Networks {network!r}).IPAddress}}}}".replace("'", '"'), name)
+    return host.docker(
+        "inspect", "-f", f"{{{{(index .NetworkSettings.Networks {network!r}).IPAddress}}}}".replace("'", '"'), name
+    )
 
 
 def failed(host: Host, *words: str, timeout: float = 30) -> str:
@@ -237,10 +241,7 @@ def test_bridge_without_gateway_keeps_the_hosts_address(clean: Lab) -> None:
 def test_bridge_with_the_hosts_own_gateway(clean: Lab) -> None:
     """--gateway with this host's own address works, and makes the host the containers' default route."""
     host = clean.hosts[0]
-    host.docker(
-        *"network create -d bridge --ipam-driver ipam-plugin --subnet".split(), SUBNET, "--gateway", host.address,
-        "-o", "com.docker.network.bridge.name=br0", "lan",
-    )  # fmt: skip
+    host.docker(*CREATE, "--subnet", SUBNET, "--gateway", host.address, "lan")
     address = start(host, "web")
     assert f"default via {host.address}" in host.docker("exec", "web", "ip", "route")
     assert clean.machines[0].ping(address)
@@ -251,9 +252,20 @@ def test_gateway_that_is_not_this_hosts_is_refused(clean: Lab) -> None:
     holder and the cure, and br0 keeps its address (P7, P8)."""
     first, second = clean.hosts
     second.docker(*NETWORK)  # now the router is known as such
-    create = (*"network create -d bridge --ipam-driver ipam-plugin -o com.docker.network.bridge.name=br0".split(),)
+    create = (
+        *[
+            "network",
+            "create",
+            "-d",
+            "bridge",
+            "--ipam-driver",
+            "ipam-plugin",
+            "-o",
+            "com.docker.network.bridge.name=br0",
+        ],
+    )
     for gateway, named in ((second.address, "host2"), (ROUTER, "router"), ("192.168.77.99", first.address)):
-        said = failed(first, *create, "--subnet", SUBNET, "--gateway", gateway, "lan")
+        said = failed(first, *CREATE, "--subnet", SUBNET, "--gateway", gateway, "lan")
         assert gateway in said
         assert named in said
         assert "DefaultGatewayIPv4" in said
@@ -277,7 +289,13 @@ def test_dual_stack(clean: Lab) -> None:
     """A network with an IPv4 and an IPv6 subnet: two pools, two leases a container, both answer on the LAN."""
     for host in clean.hosts:
         host.docker(
-            *NETWORK[:-1], "--ipv6", "--subnet", "fd00:77::/64", "--aux-address", "DefaultGatewayIPv6=fd00:77::254", "lan"
+            *NETWORK[:-1],
+            "--ipv6",
+            "--subnet",
+            "fd00:77::/64",
+            "--aux-address",
+            "DefaultGatewayIPv6=fd00:77::254",
+            "lan",
         )
         start(host, "web")
     for each in clean.live():
@@ -290,7 +308,9 @@ def test_dual_stack(clean: Lab) -> None:
 def test_macvlan_with_the_router_as_gateway(clean: Lab) -> None:
     """macvlan: --ipam-opt gateway=router is shared by all hosts; without --gateway it is the segment's router."""
     first, second = clean.hosts
-    create = f"network create -d macvlan --ipam-driver ipam-plugin --subnet {SUBNET} --ipam-opt gateway=router -o parent=br0"
+    create = (
+        f"network create -d macvlan --ipam-driver ipam-plugin --subnet {SUBNET} --ipam-opt gateway=router -o parent=br0"
+    )
     said = failed(second, *create.split(), "lan")
     assert "--router" in said
     assert "--gateway" in said
@@ -328,7 +348,7 @@ def test_failed_network_leaves_the_first_one_alone(clean: Lab) -> None:
 def test_network_without_subnet_is_refused_at_once(clean: Lab) -> None:
     """An engine would repeat a request without --subnet for ever; it is told what to type (P6, P7)."""
     began = time.monotonic()
-    said = failed(clean.hosts[0], *"network create -d bridge --ipam-driver ipam-plugin lan".split())
+    said = failed(clean.hosts[0], *["network", "create", "-d", "bridge", "--ipam-driver", "ipam-plugin", "lan"])
     assert "--subnet" in said
     assert time.monotonic() - began < 5
 
@@ -364,7 +384,18 @@ def test_wider_bridge_than_subnet_is_refused(clean: Lab) -> None:
         assert "--subnet 192.168.0.0/16" in said
         assert host.sh("ip -4 -br addr show br0").split()[2] == "192.168.77.12/16"
         host.docker(
-            *"network create -d bridge --ipam-driver ipam-plugin --subnet 192.168.0.0/16 --ip-range 192.168.77.0/24".split(),
+            *[
+                "network",
+                "create",
+                "-d",
+                "bridge",
+                "--ipam-driver",
+                "ipam-plugin",
+                "--subnet",
+                "192.168.0.0/16",
+                "--ip-range",
+                "192.168.77.0/24",
+            ],
             *f"--aux-address DefaultGatewayIPv4={ROUTER} -o com.docker.network.bridge.name=br0 lan".split(),
         )
         assert host.sh("ip -4 -br addr show br0").split()[2] == "192.168.77.12/16"
@@ -384,7 +415,7 @@ def test_gateway_of_a_bridge_survives_a_power_cut(lan: Lab) -> None:
     """A network on a bridge that Docker made: after a power cut, before dockerd has rebuilt the bridge, nobody else is
     given its address, and dockerd finds everything as it was."""
     first, second = lan.hosts[:2]
-    create = "network create -d bridge --ipam-driver ipam-plugin --subnet 10.99.0.0/29 inside".split()
+    create = ["network", "create", "-d", "bridge", "--ipam-driver", "ipam-plugin", "--subnet", "10.99.0.0/29", "inside"]
     first.docker(*create)
     gateway = next(address for address, each in of_kind(lan, "host").items() if address.startswith("10.99."))
     first.docker("run", "-d", "--restart", "always", "--network", "inside", "--name", "web", "busybox")
@@ -430,7 +461,7 @@ def test_dockerd_killed_and_restarted(clean: Lab) -> None:
 def test_two_hosts_without_bridge_name_share_the_segment(clean: Lab) -> None:
     """The simplest command there is: a bridge that Docker makes, the gateway chosen by the register, on two hosts."""
     for host in clean.hosts:
-        host.docker(*"network create --ipam-driver ipam-plugin --subnet 10.98.0.0/24 plain".split())
+        host.docker(*["network", "create", "--ipam-driver", "ipam-plugin", "--subnet", "10.98.0.0/24", "plain"])
         start(host, "web", network="plain")
     own = {address for address in of_kind(clean, "host") if address.startswith("10.98.")}
     assert len(own) == 2

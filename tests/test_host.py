@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import fcntl
 import ipaddress
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from ipam_plugin.errors import ConfigError, NotServing
 from ipam_plugin.etcd import Delete, KeyValue, Put
 from ipam_plugin.host import HEARTBEAT, Predecessor, Presence, StateDir, host_name, predecessor
 from ipam_plugin.interfaces import InterfaceAddress
-from ipam_plugin.model import ENDPOINT, NAME, Alive, Host, Keys, Lease, decode, encode
+from ipam_plugin.model import ENDPOINT, HOST, NAME, Alive, Host, Keys, Lease, decode, encode
 from ipam_plugin.register import Register
 from ipam_plugin.view import View
 from properties import refusal
@@ -385,12 +386,34 @@ def test_a_changed_name_is_refused_while_the_old_one_has_leases(
     put(etcd, lease, encode(Lease(ENDPOINT, "old", token="t")))
     node = start(name="new")
     until(lambda: "set host: old again" in node.reason(), "the reason")
-    assert "names this host new, but 1 leases are under its old name old, such as 10.0.0.5" in node.reason()
+    assert "names this host new, but 1 leases and pools are under its old name old, such as 10.0.0.5" in node.reason()
     assert node.heartbeat() is None
     assert node.state.read("host") == "old"
     etcd.commit({}, [Delete(lease)], deadline=soon())
     until(node.serves, "it serves when the last lease is gone")
     assert node.state.read("host") == "new"
+
+
+def test_a_changed_name_takes_the_hosts_own_addresses_along(
+    etcd: FakeEtcd, start: Callable[..., Node], tmp_path: Path
+) -> None:
+    """Section 8: without containers and networks a host may be renamed; the record under the old name goes."""
+    StateDir(str(tmp_path / "state")).write("host", "old")
+    put(etcd, KEYS.lease("lan", ipaddress.ip_address("10.0.0.5")), encode(Lease(HOST, "old", token="t")))
+    put(etcd, KEYS.host("old"), encode(Host("old")))
+    node = start(name="new")
+    until(node.serves, "it serves")
+    assert etcd.get(KEYS.host("old"), deadline=soon()) is None
+    until(lambda: etcd.get(KEYS.host("new"), deadline=soon()) is not None, "the record of the new name")
+
+
+def test_a_copy_of_a_state_dir_is_another_one(tmp_path: Path) -> None:
+    """P1: the token of a state_dir proves that its lock is ours, which holds for one directory and for no copy."""
+    first = StateDir(str(tmp_path / "one"))
+    first.token()
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert StateDir(str(tmp_path / "two")).token() != first.token()
+    assert StateDir(str(tmp_path / "one")).token() == first.token()
 
 
 def test_a_changed_name_without_leases_is_accepted(etcd: FakeEtcd, start: Callable[..., Node], tmp_path: Path) -> None:

@@ -143,9 +143,7 @@ def test_names_of_a_host_are_its_own(lab: Lab) -> None:
     machine that the lab runs on keeps its own."""
     seen = set()
     for host in lab.hosts:
-        name, ident, boot = host.sh(
-            "cat /etc/hostname /etc/machine-id /proc/sys/kernel/random/boot_id"
-        ).splitlines()
+        name, ident, boot = host.sh("cat /etc/hostname /etc/machine-id /proc/sys/kernel/random/boot_id").splitlines()
         assert name == host.sh("hostname") == host.name
         assert boot == host.boot_id
         assert "br0" in host.sh("ls /sys/class/net").split()
@@ -417,9 +415,7 @@ def test_by_hand(tmp_path: Path) -> None:
 
     def lab(*words: str) -> subprocess.CompletedProcess[str]:
         argv = [sys.executable, "-m", "tests.lab", *words]
-        return subprocess.run(
-            argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=90, check=False
-        )
+        return subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=90, check=False)
 
     assert "no lab is up" in lab("status").stderr
     made = lab("up", "--hosts", "1", "--machines", "1")

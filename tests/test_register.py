@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -17,7 +18,19 @@ from fakes import FakeEtcd, Fault, Writes
 from harness import GATEWAY, KEYS, MAC, NAME, Host, Lan, bridge, nic, until
 from ipam_plugin.addresses import parse_address
 from ipam_plugin.etcd import Commit, Delete, Put
-from ipam_plugin.model import CONFLICT, ENDPOINT, HOST, RESERVED, ROUTER, History, Holder, PoolUse, decode
+from ipam_plugin.model import (
+    CONFLICT,
+    ENDPOINT,
+    HOST,
+    RESERVED,
+    ROUTER,
+    History,
+    Holder,
+    Lease,
+    PoolUse,
+    decode,
+    encode,
+)
 from ipam_plugin.view import Local
 
 A_BRIDGE = bridge("192.168.1.11/24", mac="02:aa:00:00:00:0a")
@@ -1128,3 +1141,27 @@ def test_a_stuck_try_of_a_grant_that_ended_is_taken_back(lan: Lan, a: Host) -> N
     assert a.release(pool, address).status == 200
     lan.etcd.commit({key: 0}, [Put(key, granted.value)], deadline=time.monotonic() + 1)
     until(lambda: lan.lease(address) is None, "the late lease's end")
+
+
+def test_a_grant_that_was_applied_and_then_changed_is_ours(lan: Lan, a: Host) -> None:
+    """P4: the answer to the first try is lost, somebody fills in the container's name, the second try finds the key
+    there with another value and our token: it is ours, and no second address is taken."""
+    pool = a.create()
+    commit = lan.etcd.commit
+
+    def answer_lost(expect: Any, writes: Any, **more: Any) -> Commit:
+        done = commit(expect, writes, **more)
+        (key, value, *_), *_ = writes
+        if done.applied and "/leases/" in key:
+            lan.etcd.commit = commit  # type: ignore[method-assign]  # once
+            filled = msgspec.structs.replace(decode(value, Lease), note="filled in")
+            commit({key: done.revision}, [Put(key, encode(filled))], **more)
+            return commit(expect, writes, **more)
+        return done
+
+    lan.etcd.commit = answer_lost  # type: ignore[method-assign]
+    address = a.run(pool)
+    assert lan.of_kind(ENDPOINT) == [address]
+    lease = lan.lease(address)
+    assert lease is not None
+    assert lease.note == "filled in"

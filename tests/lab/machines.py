@@ -103,9 +103,7 @@ class Machine(Node):
 
     def add_address(self, address: str) -> None:
         """Takes one more address of the LAN, as somebody would who typed it by hand."""
-        self.ip(
-            f"addr add {address}/64 dev eth0 nodad" if ":" in address else f"addr add {address}/24 dev eth0"
-        )
+        self.ip(f"addr add {address}/64 dev eth0 nodad" if ":" in address else f"addr add {address}/24 dev eth0")
 
     def remove_address(self, address: str) -> None:
         self.ip(f"addr del {address}/{64 if ':' in address else 24} dev eth0")

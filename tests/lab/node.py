@@ -166,9 +166,7 @@ class Command:
             self._process.wait(timeout)
         except subprocess.TimeoutExpired:
             self.kill()
-            raise CommandTimeout(
-                f"{self.what}: not done after {timeout:g} s, killed; {self._tail()}"
-            ) from None
+            raise CommandTimeout(f"{self.what}: not done after {timeout:g} s, killed; {self._tail()}") from None
         seconds = time.monotonic() - self._began
         texts = []
         for stream in (self._out, self._err):
@@ -221,9 +219,7 @@ class Service:
     def state(self) -> str:
         """The kernel's letter for it: R runs, S waits, D waits for a disk, T is stopped; "" is gone."""
         try:
-            return (
-                Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] if self.alive else ""
-            )
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] if self.alive else ""
         except OSError:
             return ""
 
@@ -268,9 +264,7 @@ class Service:
         try:
             return self._process.wait(within)
         except subprocess.TimeoutExpired:
-            raise LabError(
-                f"{self._node.name}: {self.name} did not end within {within:g} s: {self.tail()}"
-            ) from None
+            raise LabError(f"{self._node.name}: {self.name} did not end within {within:g} s: {self.tail()}") from None
 
 
 class Node:
@@ -383,9 +377,7 @@ class Node:
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
         return env
 
-    def run_async(
-        self, *command: str, env: Mapping[str, str] | None = None, stdin: str | None = None
-    ) -> Command:
+    def run_async(self, *command: str, env: Mapping[str, str] | None = None, stdin: str | None = None) -> Command:
         """Starts a command and does not wait."""
         what = f"{self.name}: {' '.join(command)[:200]}"
         return Command(self.enter(*command), what, {**self.environment(), **(env or {})}, stdin)
@@ -483,10 +475,7 @@ class Node:
         while True:
             left = deadline - time.monotonic()
             wait = str(max(1, min(2, round(left))))
-            if (
-                self.run("busybox", family, "-c", "1", "-W", wait, address, timeout=10, check=False).status
-                == 0
-            ):
+            if self.run("busybox", family, "-c", "1", "-W", wait, address, timeout=10, check=False).status == 0:
                 return True
             if time.monotonic() >= deadline:
                 return False
@@ -510,9 +499,7 @@ class Node:
         deadline = time.monotonic() + within
         while True:
             self.ping(address, 0)
-            for entry in json.loads(
-                self.run("ip", "-j", family, "neigh", "show", "to", address).stdout or "[]"
-            ):
+            for entry in json.loads(self.run("ip", "-j", family, "neigh", "show", "to", address).stdout or "[]"):
                 if "lladdr" in entry:
                     return str(entry["lladdr"])
             if time.monotonic() >= deadline:
