@@ -252,18 +252,6 @@ def test_gateway_that_is_not_this_hosts_is_refused(clean: Lab) -> None:
     holder and the cure, and br0 keeps its address (P7, P8)."""
     first, second = clean.hosts
     second.docker(*NETWORK)  # now the router is known as such
-    create = (
-        *[
-            "network",
-            "create",
-            "-d",
-            "bridge",
-            "--ipam-driver",
-            "ipam-plugin",
-            "-o",
-            "com.docker.network.bridge.name=br0",
-        ],
-    )
     for gateway, named in ((second.address, "host2"), (ROUTER, "router"), ("192.168.77.99", first.address)):
         said = failed(first, *CREATE, "--subnet", SUBNET, "--gateway", gateway, "lan")
         assert gateway in said
@@ -383,21 +371,8 @@ def test_wider_bridge_than_subnet_is_refused(clean: Lab) -> None:
         assert "--ip-range 192.168.77.0/24" in said
         assert "--subnet 192.168.0.0/16" in said
         assert host.sh("ip -4 -br addr show br0").split()[2] == "192.168.77.12/16"
-        host.docker(
-            *[
-                "network",
-                "create",
-                "-d",
-                "bridge",
-                "--ipam-driver",
-                "ipam-plugin",
-                "--subnet",
-                "192.168.0.0/16",
-                "--ip-range",
-                "192.168.77.0/24",
-            ],
-            *f"--aux-address DefaultGatewayIPv4={ROUTER} -o com.docker.network.bridge.name=br0 lan".split(),
-        )
+        wide = ("--subnet", "192.168.0.0/16", "--ip-range", SUBNET)
+        host.docker(*CREATE, *wide, "--aux-address", f"DefaultGatewayIPv4={ROUTER}", "lan")
         assert host.sh("ip -4 -br addr show br0").split()[2] == "192.168.77.12/16"
         address = start(host, "web")
         assert ipaddress.ip_address(address) in ipaddress.ip_network(SUBNET)

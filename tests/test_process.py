@@ -306,6 +306,24 @@ def test_a_stop_answers_what_is_in_flight_and_leaves_nothing(
         assert own_etcd.etcdctl("get", "--prefix", "--keys-only", f"{daemon.config['prefix']}alive/").split() == []
 
 
+def test_a_stop_does_not_wait_for_silent_connections(make: Make) -> None:
+    """P8: an HTTP client may keep a connection on which it never asked anything; a restart must not wait for it."""
+    daemon = started(make())
+    silent = [socket.socket(socket.AF_UNIX) for _ in range(3)]
+    try:
+        for each in silent:
+            each.connect(str(daemon.socket))
+        assert daemon.call("Plugin.Activate").ok
+        began = time.monotonic()
+        os.kill(daemon.pid, signal.SIGTERM)
+        assert daemon.wait() == 0
+        # A thread waits five seconds for the first byte of a connection that is new.
+        assert time.monotonic() - began < 10
+    finally:
+        for each in silent:
+            each.close()
+
+
 def test_a_worker_that_is_killed_is_replaced(make: Make) -> None:
     """Whatever ends the serving process (out of memory, a crash in a library), the next one has the name at once."""
     daemon = started(make())
