@@ -276,6 +276,8 @@ def test_ip_range(clean: Lab) -> None:
 def test_dual_stack(clean: Lab) -> None:
     """A network with an IPv4 and an IPv6 subnet: two pools, two leases a container, both answer on the LAN."""
     for host in clean.hosts:
+        # dockerd deletes the IPv6 addresses of a bridge when it makes a network without IPv6 on it.
+        host.ip(f"addr replace {host.address6}/64 dev br0")
         host.docker(
             *NETWORK[:-1],
             "--ipv6",
