@@ -252,16 +252,27 @@ def _is_stale_socket(path: str) -> bool:
 
 
 class _Worker(gunicorn.workers.gthread.ThreadWorker):  # type: ignore[misc]  # gunicorn ships no types
-    """gunicorn's worker with threads, which at a stop does not wait for connections that never asked anything.
+    """gunicorn's worker with threads, made safe against clients that do not close their end of a connection (P6).
 
-    An HTTP client may open one more than it needs and keep it (Go's does). The worker waits for those until
-    graceful_timeout; kept-alive ones it closes after two seconds.
+    gunicorn waits for it, up to two seconds, in the thread that accepts all the others. Here the thread waits that has
+    answered.
     """
 
-    def _cap_keepalive(self, deadline: float) -> None:
-        super()._cap_keepalive(deadline)
-        for connection in self.pending_conns:
-            connection.timeout = min(connection.timeout, deadline)
+    def handle(self, conn: Any) -> Any:
+        result = super().handle(conn)
+        if result is False:
+            try:
+                conn.close(graceful=True)
+            except OSError:
+                conn.close()
+            conn.is_closed = True
+        return result
+
+    def finish_request(self, conn: Any, fs: Any) -> None:
+        if getattr(conn, "is_closed", False):
+            self.nr_conns -= 1
+        else:
+            super().finish_request(conn, fs)
 
 
 class _Server(gunicorn.app.base.BaseApplication):  # type: ignore[misc]  # gunicorn ships no types
@@ -281,11 +292,10 @@ class _Server(gunicorn.app.base.BaseApplication):  # type: ignore[misc]  # gunic
             "workers": 1,
             "worker_class": _Worker,
             "threads": WAITING + SPARE_THREADS,
-            "worker_connections": 10_000,
-            # Connections are kept open until dockerd closes them. One that the server closed just as dockerd wrote on
-            # it would make dockerd send the request again, empty; and gunicorn waits for the client's end of every
-            # connection that it closes, in the thread that accepts the others.
-            "keepalive": 30 * 24 * 3600,
+            "worker_connections": 4 * WAITING,
+            # A kept connection that the server closes just as dockerd writes on it makes dockerd send the request
+            # again, empty (moby#39331).
+            "keepalive": 0,
             "timeout": 60,
             "graceful_timeout": int(self._config.deadline) + 1,
             "control_socket_disable": True,

@@ -485,11 +485,11 @@ def test_the_password_is_nowhere_to_be_read(tmp_path: Path) -> None:
             daemon.start()
             daemon.wait_answering()
             assert daemon.request_address(daemon.pool(SUBNET)).ok
+            until(lambda: "RequestAddress" in daemon.text(), "the line of the log, which is written after the answer")
             shown = daemon.text()
             for process in daemon.processes():
                 for name in ("cmdline", "environ"):
                     shown += Path(f"/proc/{process}/{name}").read_bytes().decode(errors="replace")
-            assert "RequestAddress" in shown
             assert password not in shown
             assert wrong not in shown
 
@@ -630,3 +630,19 @@ def test_no_port_is_open_without_metrics(make: Make) -> None:
         if row.split()[3] == "0A"
     ]
     assert [row[1] for row in listening if row[9] in inodes] == []
+
+
+def test_a_client_that_does_not_close_its_end_holds_up_nobody(make: Make) -> None:
+    """P6: who reads its answer and keeps the connection open does not delay the next one's."""
+    daemon = started(make())
+    lazy = socket.socket(socket.AF_UNIX)
+    try:
+        lazy.connect(str(daemon.socket))
+        lazy.sendall(b"POST /Plugin.Activate HTTP/1.1\r\nHost: plugin\r\nContent-Length: 0\r\n\r\n")
+        assert lazy.recv(4096).startswith(b"HTTP/1.1 200")
+        for _ in range(3):
+            began = time.monotonic()
+            assert daemon.call("Plugin.Activate").ok
+            assert time.monotonic() - began < 1
+    finally:
+        lazy.close()
