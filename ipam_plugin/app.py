@@ -29,8 +29,9 @@ from ipam_plugin.protocol import Body
 
 log = logging.getLogger(__name__)
 
-# Requests that may wait for etcd at once. Docker asks one by one for each network, so a host with this many
-# waiting is in trouble, and the next one is refused at once instead of standing in line beyond its deadline (P6).
+# Requests that may wait at once, for etcd or for the rest of their own body. Docker asks one by one for each network,
+# so a host with this many waiting is in trouble, and the next one is refused at once instead of standing in line
+# beyond its deadline (P6).
 WAITING = 256
 # Threads beyond those: the calls that need neither etcd nor disk are answered whatever the others wait for.
 SPARE_THREADS = 16
@@ -82,10 +83,10 @@ def create_app(
         arrival = time.monotonic()
         asked: Body | None = None
         try:
-            asked = protocol.decode(_body(), kind)
             if not waiting.acquire(blocking=False):
-                raise NotServing(f"{WAITING} requests are waiting for etcd already; nothing was done, try again")
+                raise NotServing(f"{WAITING} requests are waiting already; nothing was done, try again")
             try:
+                asked = protocol.decode(_body(), kind)
                 with metrics.waiting.track_inprogress():
                     wait_until_serving(arrival + time_limit)
                     status, body, said = 200, operation(asked, arrival + time_limit), ""
@@ -169,14 +170,17 @@ def create_app(
 
 
 def _body() -> bytes:
-    """The request's body. Raises BadRequest when it is longer than any that an engine sends."""
+    """The request's body. Raises BadRequest when it is longer than any that an engine sends, or does not come."""
     stream = flask.request.stream
-    body: bytes = stream.read(protocol.LIMIT + 1)
-    if len(body) <= protocol.LIMIT:
-        return body
-    drained = len(body)
-    while drained < DRAINED and (chunk := stream.read(1 << 20)):
-        drained += len(chunk)
+    try:
+        body: bytes = stream.read(protocol.LIMIT + 1)
+        if len(body) <= protocol.LIMIT:
+            return body
+        drained = len(body)
+        while drained < DRAINED and (chunk := stream.read(1 << 20)):
+            drained += len(chunk)
+    except Exception:  # the server's parser has errors of its own for chunks that are none
+        raise BadRequest("the request's body broke off or did not come in time; nothing was done") from None
     raise BadRequest(f"the request has more than {protocol.LIMIT} bytes; the engine's have a few hundred")
 
 

@@ -111,8 +111,16 @@ def _who() -> str:
 
 def _load(path: str | None, embedded_etcd: bool = False) -> Config:
     # After `serve --embedded-etcd` without any configuration, the other commands find that etcd too.
-    trial = EMBEDDED_DATA.exists() and not find(path).exists()
+    trial = not _is_there(find(path)) and _is_there(EMBEDDED_DATA)
     return load(path, embedded_etcd=embedded_etcd or trial)
+
+
+def _is_there(path: Path) -> bool:
+    """False also where this user may not look: the daemon's directory is root's alone."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 @cli.command()
@@ -142,14 +150,14 @@ def leases(
         if (kind is None or each.lease.kind == kind) and (host is None or _is_of(each.lease, host))
     ]
     if output == "json":
-        _json([{"segment": each.segment, "address": str(each.address), **plain(each.lease)} for each in found])
+        _json([{"segment": each.segment, "address": str(each.taken), **plain(each.lease)} for each in found])
         return
     _table(
         ["SEGMENT", "ADDRESS", "KIND", "HOST", "CONTAINER", "MAC", "SINCE", "NOTE"],
         (
             [
                 each.segment,
-                str(each.address),
+                str(each.taken),
                 each.lease.kind,
                 each.lease.host or ", ".join(sorted({holder.host for holder in each.lease.holders})),
                 each.lease.container.name if each.lease.container else "",
@@ -227,7 +235,7 @@ def reserve(ops: Operations, config: Config, what: Range, note: str, segment: st
     inside = ops.reserve(what, name, note)
     click.echo(f"{what} in segment {name} is reserved")
     for each in inside:
-        click.echo(_clean(f"  {each.address} in it is taken now and stays so: {each.lease.told()}"), err=True)
+        click.echo(_clean(f"  {each.taken} in it is taken now and stays so: {each.lease.told()}"), err=True)
 
 
 @cli.command()
@@ -390,8 +398,11 @@ def segment(
 @click.pass_obj
 def check_config(inherited: str | None, config_path: str | None, file: str | None) -> None:
     """Say whether a configuration can be used, and what is wrong with it."""
+    from ipam_plugin import install as installing
+
     path = file or config_path or inherited
-    load(path)
+    config = load(path)
+    installing.check_readable({"the file": str(find(path)), **config.etcd.files()})
     click.echo(f"{path or 'the configuration'} is good")
 
 

@@ -226,6 +226,11 @@ class EtcdConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     password_file: Annotated[str | None, _file] = None
     timeout: Annotated[float, _duration("100ms", "60s")] = 2.0
 
+    def files(self) -> dict[str, str]:
+        """The files that are named here, by the path of their key."""
+        names = ("ca_cert", "cert", "key", "password_file")
+        return {f"etcd.{name}": file for name in names if (file := getattr(self, name)) is not None}
+
     def password(self) -> str | None:
         """The password, read afresh (it may be rotated) and never kept, so no repr or dump can show it.
 
@@ -360,8 +365,9 @@ def find(argument: str | os.PathLike[str] | None, environ: Mapping[str, str] | N
 def load(path: str | os.PathLike[str] | None = None, *, embedded_etcd: bool = False) -> Config:
     """Reads the file at `path` (None: where `find` says).
 
-    With `embedded_etcd` the endpoints default to the child's, and a file that is at none of the usual
-    places is an empty one, so that trying out needs no file. Raises ConfigError: a line per wrong key.
+    With `embedded_etcd` the endpoints default to the child's, there may be only one, and a file that is at
+    none of the usual places is an empty one, so that trying out needs no file. Raises ConfigError: a line per
+    wrong key.
     """
     file = find(path)
     try:
@@ -398,7 +404,7 @@ def parse(data: bytes | str, file: str, *, embedded_etcd: bool = False) -> Confi
             )
     if not problems:
         config = msgspec.convert(clean, Config)
-        problems.extend(_across(config))
+        problems.extend(_across(config, embedded_etcd))
         if not problems:
             return config
     raise ConfigError("\n".join(f"{file}: {problem}" for problem in problems))
@@ -549,9 +555,14 @@ ALL_KEYS = tuple(_key_paths(Config))
 """The path of every key that may have a value: `host`, `etcd.endpoints`, `segments.NAME.exclude`."""
 
 
-def _across(config: Config) -> Iterator[str]:
+def _across(config: Config, embedded_etcd: bool) -> Iterator[str]:
     """What no single key can show: keys that need each other, and the files they name."""
     etcd = config.etcd
+    if embedded_etcd and len(etcd.endpoints) > 1:
+        yield (
+            f"etcd.endpoints: expected one URL with --embedded-etcd, found {len(etcd.endpoints)}: it serves one, "
+            "and an etcd at another would be another register"
+        )
     schemes = {endpoint.partition(":")[0] for endpoint in etcd.endpoints}
     if len(schemes) > 1:
         yield "etcd.endpoints: expected all http:// or all https://, found both"
@@ -569,12 +580,12 @@ def _across(config: Config) -> Iterator[str]:
     ):
         if value is not None and other is None:
             yield f"etcd.{name}: expected etcd.{needed} beside it, found nothing"
-    for name, file in (("ca_cert", etcd.ca_cert), ("cert", etcd.cert), ("key", etcd.key)):
-        if file is not None:
+    for name, file in etcd.files().items():
+        if name != "etcd.password_file":  # password() says more of it
             try:
                 Path(file).read_bytes()
             except OSError as error:
-                yield f"etcd.{name}: expected a file that can be read, found {file}: {_reason(error)}"
+                yield f"{name}: expected a file that can be read, found {file}: {_reason(error)}"
     try:
         etcd.password()
     except ConfigError as error:

@@ -22,6 +22,7 @@ import flask
 import gunicorn.app.base
 import gunicorn.arbiter
 import gunicorn.glogging
+import gunicorn.util
 import gunicorn.workers.gthread
 import msgspec
 
@@ -40,7 +41,9 @@ from ipam_plugin.view import Local, View
 
 log = logging.getLogger(__name__)
 
+SYSTEMD_SOCKET = 3  # the first file descriptor that systemd passes (sd_listen_fds(3))
 READY_AT_LATEST = 90.0  # seconds; dockerd waits for this unit, and must start also when etcd is away
+KERNEL_PATIENCE = 5.0  # seconds; the kernel may hold its lock for so long while it takes down a large namespace
 ANSWER_MARGIN = 0.5  # seconds of the deadline that are left for the answer's way back
 
 
@@ -67,13 +70,14 @@ def local_settings(config: Config, segment: str) -> Local:
         exclude=tuple(parse_range(text) for text in told.exclude),
         routers=tuple(parse_address(text) for text in told.router),
         cooldown=told.cooldown,
+        interface=told.interface or "",
     )
 
 
-def carried() -> list[interfaces.InterfaceAddress]:
+def carried(deadline: float) -> list[interfaces.InterfaceAddress]:
     """The addresses on this host's interfaces. Raises NotServing when the kernel does not say them in time."""
     try:
-        return interfaces.addresses()
+        return interfaces.addresses(min(deadline, time.monotonic() + KERNEL_PATIENCE))
     except OSError as error:
         raise NotServing(f"this host's interfaces cannot be read: {error}") from error
 
@@ -88,13 +92,16 @@ class Daemon:
         self._embedded = EmbeddedEtcd(config.state_dir, config.etcd.endpoints[0]) if embedded_etcd else None
         self._etcd = etcd_of(config)
         self._view = View(keys, name, lambda segment: local_settings(config, segment))
-        self._presence = Presence(self._etcd, self._view, keys, state, name=name, carried=carried, time_limit=5.0)
+        self._presence = Presence(
+            self._etcd, self._view, keys, state, name=name, segments=self._segments, carried=carried, time_limit=5.0
+        )
         self._register = Register(
             self._etcd,
             self._view,
             keys,
             name,
             default_segment=config.segment,
+            segments=self._segments,
             carried=carried,
             alarm=self._presence.alarm,
         )
@@ -111,6 +118,10 @@ class Daemon:
         self._watcher: interfaces.Watcher | None = None
         self._stop_metrics: Callable[[], None] = lambda: None
 
+    def _segments(self) -> set[str]:
+        """The segments that this host is in: its networks', and those that its configuration names."""
+        return {self._config.segment, *self._config.segments, *self._view.segments_of(self._presence.name)}
+
     def app(self) -> flask.Flask:
         return create_app(
             self._register,
@@ -124,6 +135,12 @@ class Daemon:
         for line in not_carried_out(self._config):
             log.warning("%s", line)
         self._view.on_pools = self._presence.changed
+        self._view.on_went_back = lambda before, now: self._presence.alarm(
+            "etcd_went_back",
+            f"etcd went back from revision {before} to {now} (a backup was restored, or its data are gone): addresses"
+            " of running containers may be given again. Stop and start the containers that use the driver, or restart"
+            " dockerd, on every host, before new ones are started",
+        )
         if self._embedded is not None:
             self._embedded.start()
         self._run("watch", self._watch)
@@ -174,23 +191,41 @@ class Daemon:
         self._etcd.watch(self._keys.prefix, reset, events, self._stop)
 
     def _report_ready(self) -> None:
-        """Tell systemd, once etcd has answered, at most after READY_AT_LATEST."""
+        """Tell systemd, once requests are served, at most after READY_AT_LATEST.
+
+        docker.service starts then, and a container that got no address at boot is not started again.
+        """
         end = time.monotonic() + READY_AT_LATEST
-        while not self._stop.is_set() and time.monotonic() < end and not self._view.loaded.wait(0.2):
-            pass
-        notify("READY=1\nSTATUS=" + ("serving" if self._view.loaded.is_set() else "etcd has not answered yet"))
+        status = ""
+        while not self._stop.is_set():
+            try:
+                self._presence.serving(min(end, time.monotonic() + 0.2))
+                return notify("READY=1\nSTATUS=serving")
+            except NotServing as reason:
+                if str(reason) != status:
+                    status = str(reason)
+                    notify(f"STATUS={status}")
+                if time.monotonic() >= end:
+                    return notify("READY=1")
+
+
+NOT_YET = ("probe", "probe_failure", "standby", "hold", "boot_wait", "retire_after", "docker")
 
 
 def not_carried_out(config: Config) -> list[str]:
     """What the configuration asks for and this version does not do, a line each."""
     lines = []
-    if config.probe != "off" or any(each.probe not in (None, "off") for each in config.segments.values()):
-        lines.append("probe: this version does not look at the wire before an address is given; exclude or reserve"
-                     " the addresses of machines that are not in the register")  # fmt: skip
-    if config.hold or any(each.hold for each in config.segments.values()):
-        lines.append("hold: this version does not keep the address of a stopped container")
-    if config.retire_after is not None:
-        lines.append("retire_after: this version does not retire hosts")
+    for key in NOT_YET:
+        asked = getattr(config, key)
+        usual = next(each.default for each in msgspec.structs.fields(Config) if each.name == key)
+        own = [name for name, each in config.segments.items() if getattr(each, key, None) is not None]
+        if key != "probe" and (asked != usual or own):
+            lines.append(f"{key}: this version reads it and does not act on it yet")
+    if config.probe != "off":
+        lines.append(
+            "probe: this version does not look at the wire before an address is given; exclude or reserve the"
+            " addresses of machines that are not in the register"
+        )
     return lines
 
 
@@ -210,6 +245,12 @@ def serve(config: Config, *, embedded_etcd: bool = False) -> None:
     # systemd has given the socket already, or it is made here.
     # (Without either, gunicorn would listen on a TCP port of its own choice.)
     given = os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS", "0") != "0"
+    if given:
+        with socket.socket(fileno=os.dup(SYSTEMD_SOCKET)) as told:
+            if told.getsockname() != config.socket:
+                log.warning(
+                    "systemd gives the socket %s, so `socket: %s` counts not", told.getsockname(), config.socket
+                )
     listener = None if given else listen(config.socket)
     _Server(config, state, name, listener, embedded_etcd).run()
 
@@ -251,20 +292,43 @@ def _is_stale_socket(path: str) -> bool:
     return False
 
 
+# A request is there within milliseconds of its connection: engines write it at once, on this machine.
+RECEIVE_TIMEOUT = 5.0  # seconds for all of a request
+LINGER = 0.1  # seconds that a client which has its answer may take to close its end
+
+
+class _Connection(socket.socket):
+    """A connection that ends when its request has not come within RECEIVE_TIMEOUT, a byte at a time or not at all."""
+
+    ends = 0.0  # monotonic seconds
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        if self.gettimeout() is not None:  # gunicorn watches over this one itself
+            return super().recv(size, flags)
+        try:
+            self.settimeout(max(0.001, self.ends - time.monotonic()))
+            return super().recv(size, flags)
+        except TimeoutError:
+            # Which gunicorn takes for a client that went away: no line in the log for every one of them.
+            raise ConnectionResetError(errno.ECONNRESET, "the request did not come in time") from None
+        finally:
+            self.settimeout(None)
+
+
 class _Worker(gunicorn.workers.gthread.ThreadWorker):  # type: ignore[misc]  # gunicorn ships no types
     """gunicorn's worker with threads, made safe against clients that do not close their end of a connection (P6).
 
     gunicorn waits for it, up to two seconds, in the thread that accepts all the others. Here the thread waits that has
-    answered.
+    answered, and no longer than a moment; and for a request that does not come there is a time limit.
     """
 
     def handle(self, conn: Any) -> Any:
+        if not isinstance(conn.sock, _Connection):
+            conn.sock = _Connection(fileno=conn.sock.detach())
+        conn.sock.ends = time.monotonic() + RECEIVE_TIMEOUT
         result = super().handle(conn)
         if result is False:
-            try:
-                conn.close(graceful=True)
-            except OSError:
-                conn.close()
+            gunicorn.util.close_graceful(conn.sock, timeout=LINGER)
             conn.is_closed = True
         return result
 

@@ -130,8 +130,10 @@ def grant_bridge(lease: Lease | None, claim: Claim, carrier: InterfaceAddress | 
         return msgspec.structs.replace(mine, token=claim.token, holders=_more((), claim))
     if lease.kind == HOST and lease.host == claim.host:
         return _changed(lease, claim, holders=_more(lease.holders, claim))
-    if carrier is not None and lease.kind in (RESERVED, UNREADABLE, ROUTER):
-        return KEEP  # as register_own: this host has it on its bridge, and Docker leaves it as it is
+    if carrier is not None:
+        # As for any address that this host has: KEEP what says so in other words, or name both machines.
+        own = register_own(lease, claim, carrier)
+        return msgspec.structs.replace(own, holders=_more((), claim)) if isinstance(own, Lease) else own
     _taken(claim, lease, cure)
 
 
@@ -205,8 +207,10 @@ def drop_pool(lease: Lease | None, claim: Claim, carried: bool, kept_router: boo
     return _without(lease, claim, rest, carried, kept_router)
 
 
-def without_orphan(lease: Lease, claim: Claim) -> Decision:
+def without_orphan(lease: Lease | None, claim: Claim) -> Decision:
     """What remains of a lease whose grant was refused although it was written: nothing, or what others hold of it."""
+    if lease is None:
+        return KEEP
     if lease.kind not in (ROUTER, HOST):
         return FREE
     rest = _fewer(lease.holders, claim)
@@ -247,24 +251,35 @@ def _fewer(holders: tuple[Holder, ...], claim: Claim) -> tuple[Holder, ...]:
 
 
 def bridge_address(
-    carried: Sequence[InterfaceAddress], pool: Pool, asked: Address | None, host: str
+    carried: Sequence[InterfaceAddress], pool: Pool, asked: Address | None, host: str, usual: str = ""
 ) -> InterfaceAddress | None:
     """Which address of this host's own becomes the gateway of a bridge network; None: no interface has one there.
 
     Docker takes the first address of the bridge that lies in the subnet and, where address *and* mask are not
     the gateway's, deletes it from the bridge: that cuts the host off its LAN. So whatever would make Docker do so
-    is refused here, with the cure. `carried` is in the kernel's order. Raises Refused.
+    is refused here, with the cure. `carried` is in the kernel's order, `usual` the interface that the configuration
+    names for the segment. Raises Refused.
     """
     inside = [each for each in carried if each.address in pool.subnet]
     steady = [each for each in inside if not (each.temporary or each.deprecated or each.tentative)]
     inside = steady or inside
-    if any(each.interface == pool.interface for each in inside):
-        inside = [each for each in inside if each.interface == pool.interface]
+    interface = pool.interface or usual
+    if interface and inside:
+        named = [each for each in inside if each.interface == interface]
+        if not named:
+            raise Refused(
+                f"interface {interface} of host {host} carries no address in {pool.subnet}, but"
+                f" {inside[0].interface} does ({inside[0].address}): name that one, or none, with --ipam-opt"
+                " interface= or in the configuration"
+            )
+        inside = named
     if not inside:
         # Where no address of a bridge lies in the subnet, Docker takes the bridge's first one, and deletes it.
         for each in carried:
             lan = ipaddress.ip_interface(f"{each.address}/{each.prefixlen}").network
-            if each.bridge and lan.version == pool.subnet.version and lan.overlaps(pool.subnet):
+            if lan.version == pool.subnet.version and lan.overlaps(pool.subnet):
+                if not each.bridge:
+                    raise _no_bridge(each, pool, host)
                 raise Refused(
                     f"bridge {each.interface} of host {host} carries {each.address}/{each.prefixlen}, of which"
                     f" {pool.subnet} is a part: Docker would delete that address from the bridge."
@@ -273,13 +288,7 @@ def bridge_address(
         return None
     bridges = [each for each in inside if each.bridge]
     if not bridges:
-        first = inside[0]
-        raise Refused(
-            f"{first.interface} of host {host} carries {first.address}/{first.prefixlen} in {pool.subnet} and is no"
-            " bridge: Docker would make a second way into the same LAN. For macvlan and ipvlan say --ipam-opt"
-            " gateway=router; for a bridge network put the interface into a bridge that carries the address and say"
-            " -o com.docker.network.bridge.name=BRIDGE"
-        )
+        raise _no_bridge(inside[0], pool, host)
     ahead = next((each.interface for each in bridges if each.address == asked), bridges[0].interface)
     first = next(each for each in bridges if each.interface == ahead)
     if asked is not None and asked != first.address:
@@ -297,3 +306,12 @@ def bridge_address(
             f" Say --subnet {lan}{narrowed}"
         )
     return first
+
+
+def _no_bridge(carrier: InterfaceAddress, pool: Pool, host: str) -> Refused:
+    return Refused(
+        f"{carrier.interface} of host {host} carries {carrier.address}/{carrier.prefixlen} in the LAN of {pool.subnet}"
+        " and is no bridge: Docker would make a second way into the same LAN. For macvlan and ipvlan say --ipam-opt"
+        " gateway=router; for a bridge network put the interface into a bridge that carries the address and say"
+        " -o com.docker.network.bridge.name=BRIDGE"
+    )

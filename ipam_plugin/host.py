@@ -15,7 +15,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -167,13 +167,15 @@ class Presence:
         state: StateDir,
         *,
         name: str,
-        carried: Callable[[], Sequence[InterfaceAddress]],
+        segments: Callable[[], Collection[str]],
+        carried: Callable[[float], Sequence[InterfaceAddress]],
         time_limit: float,
     ) -> None:
         self._etcd = etcd
         self._view = view
         self._keys = keys
         self._state = state
+        self._segments = segments
         self._carried = carried
         self._time_limit = time_limit
         self.name = name
@@ -235,12 +237,13 @@ class Presence:
                     register.register_own_addresses(deadline)
                     register.free_lost_addresses(deadline)
                     self._set_serving(True, "")
+                    register.trim_history(deadline)
                 last_failure = ""
             except IpamError as error:
                 if not self._serving:
                     self._set_serving(False, f"etcd is not there: {error}")
                 if str(error) != last_failure:
-                    log.warning("the heartbeat of host %s is not in etcd: %s", self.name, error)
+                    log.warning("what host %s has to write to etcd is not written: %s", self.name, error)
                     last_failure = str(error)
             except OSError as error:
                 if not self._serving:
@@ -349,6 +352,13 @@ class Presence:
 
     def _write_record(self, deadline: float) -> None:
         key = self._keys.host(self.name)
+        if self._view.is_unreadable(self.name):
+            self.alarm(
+                "record_unreadable",
+                f"the etcd key {key} holds something that is no record of a host, so the others do not know host"
+                f" {self.name}'s own addresses; it is not overwritten: delete it (etcdctl del {key})",
+            )
+            return
         revision, known = self._view.host(self.name)
         self._joined = self._joined or (known.joined if known else "") or rfc3339(datetime.datetime.now(datetime.UTC))
         record = encode(
@@ -358,8 +368,10 @@ class Presence:
                 version=__version__,
                 joined=self._joined,
                 addresses=tuple(
-                    HostAddress(str(each.address), each.prefixlen, each.interface, each.mac) for each in self._carried()
+                    HostAddress(str(each.address), each.prefixlen, each.interface, each.mac)
+                    for each in self._carried(deadline)
                 ),
+                segments=tuple(sorted(self._segments())),
                 alarms=tuple(self._alarms),
             )
         )
@@ -372,8 +384,7 @@ class Presence:
         else:
             found = commit.found[key]
             self._view.learn(key, found.value if found else None, found.revision if found else commit.revision)
-            if self._view.host(self.name)[0] != revision:  # not so when the record cannot be read
-                self._wake.set()
+            self._wake.set()  # look again: at another revision, or at something that cannot be read
 
 
 def _alive(found: KeyValue | None) -> Alive | None:

@@ -17,13 +17,13 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import msgspec
 
 import ipam_plugin
-from ipam_plugin.errors import Refused
+from ipam_plugin.errors import ConfigError, Refused
 
 USER = "ipam-plugin"
 STATE_DIR = "/var/lib/ipam-plugin"
@@ -79,6 +79,53 @@ def uninstall(root: str = "/") -> list[str]:
     if os.geteuid() != 0:
         raise Refused("uninstall removes files of /etc, /usr/local and /var/lib, and only root may; try sudo")
     return list(_uninstall(_Root(root)))
+
+
+def check_readable(files: Mapping[str, str]) -> None:
+    """Raises ConfigError, a line per file, when the service's user could not read what root can.
+
+    `files`: absolute path by the configuration's key that names it. Does nothing for another user than root, who
+    could not try it, and on a machine without the service's user, where the daemon runs as somebody else.
+    """
+    if os.geteuid() != 0:
+        return
+    try:
+        user = pwd.getpwnam(USER)
+    except KeyError:
+        return
+    problems = [f"{key}: {problem}" for key, file in files.items() if (problem := _unreadable(user, file))]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _unreadable(user: pwd.struct_passwd, file: str) -> str:
+    """Why `user` cannot read `file`, with the cure, or ''."""
+    cannot = f"user {user.pw_name}, as whom the service runs, cannot read {file}"
+    real = os.path.realpath(file)
+    for path in (file, real):
+        hidden = next((each for each in _HIDDEN if Path(path).is_relative_to(each)), "")
+        if hidden:
+            return f"{cannot}, as it cannot see {hidden} (ProtectHome): put the file into {os.path.dirname(CONFIG)}"
+    if _permits(user, "-r", file):
+        return ""
+    for directory in [*reversed(Path(file).parents), *reversed(Path(real).parents)]:
+        if not _permits(user, "-x", str(directory)):
+            return f"{cannot}: chgrp {user.pw_name} {directory}; chmod g+x {directory}"
+    return f"{cannot}: chown root:{user.pw_name} {real}; chmod 640 {real}"
+
+
+def _permits(user: pwd.struct_passwd, right: str, path: str) -> bool:
+    """Asked as that user with test(1): modes alone do not tell of access control lists."""
+    done = subprocess.run(
+        ["test", right, path],
+        user=user.pw_uid,
+        group=user.pw_gid,
+        extra_groups=os.getgrouplist(user.pw_name, user.pw_gid),
+        cwd="/",
+        timeout=60,
+        check=False,
+    )
+    return done.returncode == 0
 
 
 class _Root:

@@ -20,6 +20,7 @@ from ipam_plugin.addresses import (
     AddressSet,
     Network,
     Range,
+    address_of,
     parse_address,
     parse_network,
     parse_range,
@@ -117,7 +118,7 @@ class Pool:
     def make(cls, subnet: str, sub_range: str, options: Mapping[str, str], default_segment: str) -> Pool:
         """From what `docker network create` was given. Raises BadRequest with a sentence that says what to type."""
         network = _network("--subnet", subnet)
-        if network.is_loopback or network.is_multicast:
+        if network.is_loopback or network.is_multicast or network.is_link_local:
             raise BadRequest(f"--subnet {network} is no subnet that machines of a LAN can have addresses in")
         narrowed = None
         if sub_range:
@@ -288,8 +289,12 @@ class Lease(msgspec.Struct, frozen=True, omit_defaults=True):
         return f" since {self.since}" if self.since else ""
 
 
-class SegmentSettings(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Cluster-wide settings of a segment. Its revision is compared by every grant in the segment."""
+class SegmentSettings(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Cluster-wide settings of a segment. Its revision is compared by every grant in the segment.
+
+    Operators write them by hand too: a name that is typed wrong (`excluded`) makes them unreadable, and nothing is
+    given out. Ignored, it would exclude nothing, and be gone after the next change by the command.
+    """
 
     router: str | list[str] = ""
     exclude: tuple[str, ...] = ()
@@ -310,7 +315,7 @@ class SegmentSettings(msgspec.Struct, frozen=True, omit_defaults=True):
         ]
 
 
-class Reservation(msgspec.Struct, frozen=True, omit_defaults=True):
+class Reservation(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """A range that an operator keeps for something else."""
 
     range: str
@@ -334,6 +339,7 @@ class Host(msgspec.Struct, frozen=True, omit_defaults=True):
     version: str = ""
     joined: str = ""
     addresses: tuple[HostAddress, ...] = ()
+    segments: tuple[str, ...] = ()  # where these addresses are; (), as in records of before: in all of them
     alarms: tuple[str, ...] = ()
 
 
@@ -493,9 +499,24 @@ class Keys:
 
 
 def segment_and_address(rest: str) -> tuple[str, Address]:
-    """From the end of a lease or history key, in any spelling of the address.
+    """From the end of a history key, in any spelling of the address. Raises ValueError when it names none."""
+    segment, _, text = rest.partition("/")
+    return segment, parse_address(text.partition("/")[0])
+
+
+def segment_and_taken(rest: str) -> tuple[str, Address | Range]:
+    """What a lease key takes, from its end: an address in any spelling, or several, where an operator wrote a CIDR or
+    `FIRST-LAST`. What follows after a slash is the operator's own (`10.0.0.5/printer`).
 
     Raises ValueError when it names no address: such a key takes nothing.
     """
     segment, _, text = rest.partition("/")
-    return segment, parse_address(text.partition("/")[0])
+    if "/" in text or "-" in text:
+        first, *more = text.split("/")
+        try:
+            taken = parse_range(first if "-" in first or not more else f"{parse_address(first)}/{more[0]}")
+        except ValueError:
+            text = first  # so too 10.0.0.5/24, an address with the length of its subnet
+        else:
+            return segment, taken if taken.size() > 1 else address_of(taken.version, taken.first)
+    return segment, parse_address(text)

@@ -36,7 +36,7 @@ from ipam_plugin.model import (
     read_lease,
     remember,
     rfc3339,
-    segment_and_address,
+    segment_and_taken,
 )
 
 PATIENCE = 10.0  # seconds for one question to etcd
@@ -56,10 +56,15 @@ class Found(NamedTuple):
     """A lease and where it stands."""
 
     segment: str
-    address: Address
+    taken: Range  # one address, or all that a key names which was written by hand
     lease: Lease
     key: str
     revision: int
+
+    @property
+    def address(self) -> Address:
+        """The one address, or the first of them."""
+        return address_of(self.taken.version, self.taken.first)
 
 
 class HostLine(NamedTuple):
@@ -73,7 +78,7 @@ class PoolLine(NamedTuple):
     pool_id: str
     pool: Pool | None
     uses: list[PoolUse]
-    leases: int
+    leases: int  # of containers
 
 
 class Explanation(NamedTuple):
@@ -103,13 +108,13 @@ class Operations:
         """Every address that is not free, in the order of segments and addresses, also hand-written keys."""
         prefix = self._keys.leases + (f"{segment}/" if segment else "")
         found = list(filter(None, map(self._found, self._list(prefix))))
-        return sorted(found, key=lambda each: (each.segment, each.address.version, int(each.address)))
+        return sorted(found, key=lambda each: (each.segment, *each.taken))
 
     def explain(self, address: Address, segment: str | None, default: str) -> list[Explanation]:
         """In the segment named, or else wherever something is known of the address, or else in the default one."""
-        leases = [each for each in self.leases(segment) if each.address == address]
+        leases = [each for each in self.leases(segment) if each.taken.contains(address)]
         hosts = [
-            f"it is an address of Docker host {line.name} itself ({each.interface})"
+            (line.host.segments, f"it is an address of Docker host {line.name} itself ({each.interface})")
             for line in self.hosts()
             if line.host
             for each in line.host.addresses
@@ -117,14 +122,20 @@ class Operations:
         ]
         settings = self.segments()
         in_use = {line.pool.segment for line in self.pools() if line.pool}
-        names = {segment} if segment else {each.segment for each in leases} | set(settings) | in_use | {default}
+        theirs = {each for segments, _ in hosts for each in segments}
+        known = {each.segment for each in leases} | set(settings) | in_use | theirs | {default}
+        names = {segment} if segment else known
         explained = []
         for name in sorted(names):
-            held = next((each.lease for each in leases if each.segment == name), None)
-            reasons = [*_forbidding(name, settings.get(name), address), *hosts]
+            here = [each for each in leases if each.segment == name]
+            held = next((each.lease for each in here if each.taken.size() == 1), None)
+            by_hand = [f"the etcd key {each.key!a} takes it" for each in here if each.taken.size() > 1]
+            own = [said for segments, said in hosts if not segments or name in segments]
+            reasons = [*_forbidding(name, settings.get(name), address), *by_hand, *own]
             past = self._value(self._keys.past(name, address), History)
             explained.append(Explanation(name, address, held, reasons, past.past if past else ()))
-        told = [each for each in explained if segment or each.lease or each.reasons != hosts or each.past]
+        everywhere = [said for segments, said in hosts if not segments]
+        told = [each for each in explained if segment or each.lease or each.reasons != everywhere or each.past]
         return told or [each for each in explained if each.segment == default]
 
     def hosts(self) -> list[HostLine]:
@@ -147,7 +158,8 @@ class Operations:
             uses.setdefault(pool_id, []).append(use)
         held: dict[str, int] = {}
         for found in self.leases():
-            held[found.lease.pool] = held.get(found.lease.pool, 0) + 1
+            if found.lease.kind == ENDPOINT:
+                held[found.lease.pool] = held.get(found.lease.pool, 0) + 1
         return [PoolLine(pool_id, _pool(pool_id), uses[pool_id], held.get(pool_id, 0)) for pool_id in sorted(uses)]
 
     def segments(self) -> dict[str, SegmentSettings | str]:
@@ -177,7 +189,13 @@ class Operations:
                     settings, reserved=(*(each for each in settings.reserved if each.range != kept.range), kept)
                 ),
             )
-            return [each for each in self.leases(segment) if what.contains(each.address)]
+            return [
+                each
+                for each in self.leases(segment)
+                if each.taken.version == what.version
+                and each.taken.first <= what.last
+                and what.first <= each.taken.last
+            ]
         address = address_of(what.version, what.first)
         lease = Lease(kind=RESERVED, note=note, by=self._who, since=_now(), token=secrets.token_urlsafe(12))
         for found in self._attempts(segment, address):
@@ -190,24 +208,27 @@ class Operations:
 
     def unreserve(self, what: Range, segment: str) -> None:
         """Undo `reserve`, also one that was written by hand in any spelling of the address."""
+        address = address_of(what.version, what.first)
+        leases = self.leases(segment)
+        held = [each for each in leases if each.taken == what]
+        # No program writes a lease of several addresses, whatever it says of its kind.
+        reserved = [each for each in held if what.size() > 1 or each.lease.kind in (RESERVED, UNREADABLE)]
+        for each in reserved:
+            if not self._commit({each.key: each.revision}, [Delete(each.key)]):
+                raise Refused(f"{what} in segment {segment} has just changed; look again with: show {address}")
+        if reserved:
+            return
         if what.size() > 1:
             self.change_segment(segment, lambda settings: _without_range(settings, what, segment))
             return
-        address = address_of(what.version, what.first)
-        held = [each for each in self.leases(segment) if each.address == address]
-        reserved = [each for each in held if each.lease.kind in (RESERVED, UNREADABLE)]
-        for each in reserved:
-            if not self._commit({each.key: each.revision}, [Delete(each.key)]):
-                raise Refused(f"{address} in segment {segment} has just changed; look again with: show {address}")
-        if reserved:
-            return
         if held:
             raise Refused(f"{address} in segment {segment} is not reserved, it is taken: {held[0].lease.told()}")
+        inside = [str(each.taken) for each in leases if each.taken.contains(address)]
         settings = self.segments().get(segment)
         if isinstance(settings, SegmentSettings):
-            inside = [each.range for each in settings.reserved if parse_range(each.range).contains(address)]
-            if inside:
-                raise Refused(f"{address} in segment {segment} is reserved with {inside[0]}; unreserve that range")
+            inside += [each.range for each in settings.reserved if parse_range(each.range).contains(address)]
+        if inside:
+            raise Refused(f"{address} in segment {segment} is reserved with {inside[0]}; unreserve that range")
         raise Refused(f"{address} in segment {segment} is not reserved")
 
     def release(self, address: Address, segment: str, force: bool) -> Lease:
@@ -265,10 +286,11 @@ class Operations:
 
     def _found(self, each: KeyValue) -> Found | None:
         try:
-            segment, address = segment_and_address(each.key.removeprefix(self._keys.leases))
+            segment, named = segment_and_taken(each.key.removeprefix(self._keys.leases))
         except ValueError:
             return None
-        return Found(segment, address, read_lease(each.value), each.key, each.revision)
+        taken = named if isinstance(named, Range) else Range(named.version, int(named), int(named))
+        return Found(segment, taken, read_lease(each.value), each.key, each.revision)
 
     def _list(self, prefix: str) -> list[KeyValue]:
         return self._etcd.list(prefix, deadline=_deadline())[0]

@@ -16,7 +16,7 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -66,6 +66,12 @@ from ipam_plugin.view import Entry, Full, Settings, View
 
 log = logging.getLogger(__name__)
 
+# Keys of history/ in all. What they are for is to say who had an address last week, and to let freed addresses rest
+# over a restart: ten thousand are about 15 MB, which every daemon reads when it starts.
+HISTORY_KEYS = 10_000
+TRIMMED = 100  # history keys in one transaction; etcd takes 128
+TRIMS = 10  # transactions at a time, so that the heartbeat does not wait for a long tail
+
 
 class Transactions(Protocol):
     """What the register needs of etcd. etcd.Etcd has it, and so has the fake of the tests."""
@@ -78,18 +84,20 @@ class Transactions(Protocol):
 
 
 class _Abandoned(NamedTuple):
-    """A grant that was refused although it may be written, now or later."""
+    """A lease that is still in etcd, or may appear there, though its grant was refused or its release was asked for."""
 
     claim: Claim
+    decide: Callable[[Lease | None, Claim], Decision]  # what has to become of it
     end: float  # when it can be forgotten, monotonic seconds
 
 
 class Register:
     """The addresses of all segments, for the Docker Engine of one host.
 
-    `carried` answers with the addresses on this host's interfaces, in the kernel's order; `alarm(kind, text)` tells
-    an operator. Deadlines are absolute, in seconds of time.monotonic(). Every method may be called from any thread
-    and raises the errors of errors.py, of which any that may have written is OutcomeUnknown.
+    `segments` answers with the segments that this host is in, `carried(deadline)` with the addresses on its interfaces,
+    in the kernel's order; `alarm(kind, text)` tells an operator. Deadlines are absolute, in seconds of
+    time.monotonic(). Every method may be called from any thread and raises the errors of errors.py, of which any that
+    may have written is OutcomeUnknown.
     """
 
     def __init__(
@@ -100,7 +108,8 @@ class Register:
         host: str,
         *,
         default_segment: str,
-        carried: Callable[[], Sequence[InterfaceAddress]],
+        segments: Callable[[], Collection[str]],
+        carried: Callable[[float], Sequence[InterfaceAddress]],
         alarm: Callable[[str, str], None],
     ) -> None:
         self._etcd = etcd
@@ -108,6 +117,7 @@ class Register:
         self._keys = keys
         self._host = host
         self._default_segment = default_segment
+        self._segments = segments
         self._carried = carried
         self._alarm = alarm
         self._engine_knows_us = True
@@ -175,7 +185,7 @@ class Register:
             address = self._gateway(pool, asked, deadline)
         elif kind is Purpose.AUXILIARY:
             assert asked is not None
-            self._refuse_unexplained(pool, asked)
+            self._refuse_unexplained(pool, asked, deadline)
             self._share(pool, asked, deadline)
             address = asked
         else:
@@ -200,10 +210,18 @@ class Register:
         decide = functools.partial(
             decisions.give_back,
             token=known.token,
-            carried=self._is_carried(address),
+            carried=self._is_carried(address, deadline),
             kept_router=self._is_router(pool, address),
         )
-        self._change(self._claim(pool, address), decide, deadline, why="released")
+        claim = self._claim(pool, address)
+        try:
+            self._change(claim, decide, deadline, why="released")
+        except (EtcdUnavailable, OutcomeUnknown) as error:
+            # Docker never repeats a release: it is tried again for as long as this process lives. Not one that may
+            # have taken a holder out already.
+            if known.token and (known.kind == ENDPOINT or isinstance(error, EtcdUnavailable)):
+                self._abandon(self._keys.lease(pool.segment, address), claim._replace(token=known.token), decide)
+            raise
 
     def engine_asked_capabilities(self) -> None:
         """dockerd has them again, so a request without a MAC will not come any more."""
@@ -223,9 +241,10 @@ class Register:
                 asked = routers[0]
             self._share(pool, asked, deadline)
             return asked
-        if asked is not None:
+        carried = self._carried(deadline)
+        if asked is not None and not any(each.address == asked for each in carried):  # else this host is the router
             self._refuse_foreign_gateway(pool, asked, deadline)
-        carrier = decisions.bridge_address(self._carried(), pool, asked, self._host)
+        carrier = decisions.bridge_address(carried, pool, asked, self._host, self._view.interface(pool.segment))
         address = carrier.address if carrier else asked
         if address is None:
             return self._next_free(pool, "", None, deadline, bridge=True)
@@ -241,13 +260,11 @@ class Register:
 
     def _refuse_foreign_gateway(self, pool: Pool, asked: Address, deadline: float) -> None:
         """Before anything else is said of the bridge: an address that is somebody else's is named as such."""
-        if self._is_carried(asked):
-            return  # perhaps this host is the router
         cure = (
             f"say --aux-address DefaultGatewayIPv{asked.version}={asked} instead of --gateway on a bridge network, or"
             " --ipam-opt gateway=router on macvlan and ipvlan"
         )
-        owner = self._view.host_with(asked)
+        owner = self._view.host_with(pool.segment, asked)
         if owner and owner != self._host:
             raise AddressTaken(
                 f"--gateway {asked} is Docker host {owner}'s own address, and Docker would put it on this host's"
@@ -265,16 +282,22 @@ class Register:
         def decide(lease: Lease | None, claim: Claim) -> Decision:
             if lease is None:
                 self._settings(pool.segment)
+                _check_usable(pool, address)
             return decisions.share(lease, claim)
 
         self._change(self._claim(pool, address), decide, deadline)
 
-    def _refuse_unexplained(self, pool: Pool, asked: Address) -> None:
+    def _refuse_unexplained(self, pool: Pool, asked: Address, deadline: float) -> None:
         """While the engine sends endpoints without a MAC, `--ip` looks like an auxiliary address: shared by hosts."""
         if self._engine_knows_us:
             return
-        known = self._view.entry(pool.segment, asked)
-        if known is None or (known.kind, known.host) != (ENDPOINT, self._host):
+        found = self._read(self._keys.lease(pool.segment, asked), deadline)
+        lease = read_lease(found.value) if found else None
+        mine = lease and (
+            (lease.kind == ENDPOINT and lease.host == self._host)
+            or any(each.host == self._host for each in lease.holders)
+        )
+        if not mine:
             raise Refused(
                 f"{asked} in pool {pool}: this engine lost the plugin's capabilities, so an address asked for by --ip"
                 " cannot be told from an auxiliary one; restart dockerd, then try again"
@@ -296,6 +319,8 @@ class Register:
 
         def decide(lease: Lease | None, claim: Claim) -> Decision:
             self._refuse_forbidden(pool, address)
+            if lease and lease.kind == ENDPOINT and lease.token in self._abandoned:
+                lease = None  # it was given back, or never handed out: only etcd does not know yet
             return decisions.grant_endpoint(lease, claim, mac, container)
 
         self._change(self._claim(pool, address), decide, deadline)
@@ -303,8 +328,7 @@ class Register:
 
     def _refuse_forbidden(self, pool: Pool, address: Address) -> None:
         self._settings(pool.segment)
-        if not usable_range(pool.subnet).contains(address):
-            raise AddressTaken(f"{address} of pool {pool} is the network or broadcast address of {pool.subnet}")
+        _check_usable(pool, address)
         for each in pool.exclude:
             if each.contains(address):
                 raise AddressTaken(f"{address} of pool {pool} cannot be given: --ipam-opt exclude={each}")
@@ -398,6 +422,8 @@ class Register:
             if found is not None and if_absent:
                 return
             use = _pool_use(found)
+            if found is not None and use is None:
+                raise Refused(f"the etcd key {key} cannot be read and is not overwritten: delete it, then try again")
             counted = msgspec.structs.replace(use, count=use.count + 1) if use else fresh
             value = encode(msgspec.structs.replace(counted, token=secrets.token_urlsafe(12)))
             commit = self._write("pool", {key: found.revision if found else 0}, [Put(key, value)], deadline, proof=key)
@@ -429,7 +455,7 @@ class Register:
                 continue
             decide = functools.partial(
                 decisions.drop_pool,
-                carried=self._is_carried(address),
+                carried=self._is_carried(address, deadline),
                 kept_router=self._is_router(pool, address),
             )
             if not self._change(self._claim(pool, address), decide, deadline, "network removed", unchanged):
@@ -439,11 +465,15 @@ class Register:
     # ------------------------------------------------------------------------- the host's own addresses
 
     def register_own_addresses(self, deadline: float, extra: Pool | None = None) -> None:
-        """Write a `host` lease for every address of this host's interfaces that lies in a segment's subnet."""
-        subnets = self._view.subnets()
+        """Write a `host` lease for every address of this host's interfaces that lies in a subnet of its segments.
+
+        In other segments the address may be another machine's: LANs that never meet use the same ones.
+        """
+        mine = self._segments()
+        subnets = {segment: networks for segment, networks in self._view.subnets().items() if segment in mine}
         if extra is not None:
             subnets.setdefault(extra.segment, set()).add(extra.subnet)
-        for carrier in self._carried():
+        for carrier in self._carried(deadline):
             for segment, networks in subnets.items():
                 network = next((each for each in networks if carrier.address in each), None)
                 if network is None or self._view.moves(segment, carrier.address):
@@ -462,14 +492,22 @@ class Register:
 
     def free_lost_addresses(self, deadline: float) -> None:
         """Free the addresses of bridges that Docker took down after it had released them."""
-        carried = {each.address for each in self._carried()}
+        carried = {each.address for each in self._carried(deadline)}
         for segment, address in self._view.own_addresses(self._host):
             if address not in carried:
                 pool = Pool(segment=segment, subnet=ipaddress.ip_network(address))
                 self._change(self._claim(pool, address), decisions.lost_address, deadline, why="bridge removed")
 
-    def _is_carried(self, address: Address) -> bool:
-        return any(each.address == address for each in self._carried())
+    def trim_history(self, deadline: float, keys: int = HISTORY_KEYS) -> None:
+        """Delete the oldest history keys beyond so many. Several hosts at once only get in each other's way."""
+        for _ in range(TRIMS):
+            oldest = self._view.oldest_history(keys, TRIMMED)
+            deletes = [Delete(key) for key, _ in oldest]
+            if not oldest or not self._write("trim", dict(oldest), deletes, deadline).applied:
+                return
+
+    def _is_carried(self, address: Address, deadline: float) -> bool:
+        return any(each.address == address for each in self._carried(deadline))
 
     def _is_router(self, pool: Pool, address: Address) -> bool:
         return address in self._view.routers(pool.segment)
@@ -509,7 +547,8 @@ class Register:
                 if commit.applied or commit.found[key] is None:
                     if lease.kind == ENDPOINT and lease.token:
                         # A try of its grant that got stuck may come through yet, now that the key is free.
-                        self._abandoned[lease.token] = _Abandoned(claim._replace(token=lease.token), _in_an_hour())
+                        ended = claim._replace(token=lease.token)
+                        self._abandoned[lease.token] = _Abandoned(ended, decisions.without_orphan, _in_an_hour())
                     return True
             else:
                 assert isinstance(decision, Lease)
@@ -611,12 +650,16 @@ class Register:
         found, _ = self._etcd.get_many([key], deadline=deadline)
         return found[key]
 
-    # ------------------------------------------------------------- grants whose outcome is not known
+    # ---------------------------------- grants whose outcome is not known, releases that did not reach etcd
 
-    def _abandon(self, key: str, claim: Claim) -> None:
-        """A refused request whose lease may be in etcd, or appear there yet: it is deleted when it is seen (P4)."""
-        self._abandoned[claim.token] = _Abandoned(claim, _in_an_hour())
-        log.warning("the outcome of writing %s is not known; it is taken back when it appears", key)
+    def _abandon(
+        self, key: str, claim: Claim, decide: Callable[[Lease | None, Claim], Decision] = decisions.without_orphan
+    ) -> None:
+        """A lease that has to go, and is in etcd or may appear there yet: it goes when it is seen (P4)."""
+        # A release is tried until it is done; a grant that nobody answered for cannot appear for ever.
+        end = _in_an_hour() if decide is decisions.without_orphan else float("inf")
+        self._abandoned[claim.token] = _Abandoned(claim, decide, end)
+        log.warning("%s may stand in etcd though nobody has it; it is taken back as soon as that can be done", key)
         self._orphans.put((key, Entry("", self._host, claim.token, 0)))
 
     def _saw_lease(self, key: str, entry: Entry) -> None:
@@ -642,6 +685,12 @@ class Register:
     def stop_freeing_orphans(self) -> None:
         self._orphans.put(None)
 
+    def _forget_release(self, token: str) -> None:
+        """It is done, and from now on like any ended grant's: a stuck try may bring it back, for a while."""
+        known = self._abandoned.get(token)
+        if known is not None and known.end == float("inf"):
+            self._abandoned[token] = known._replace(decide=decisions.without_orphan, end=_in_an_hour())
+
     def _free_orphan(self, key: str, entry: Entry) -> bool:
         """Whether nothing is left to do for now."""
         abandoned = self._abandoned.get(entry.token)
@@ -651,18 +700,20 @@ class Register:
             found = self._read(key, time.monotonic() + 5)
             lease = read_lease(found.value) if found else None
             if found is None or lease is None or lease.token != entry.token:
+                self._forget_release(entry.token)
                 return True
-            rest = decisions.without_orphan(lease, abandoned.claim)
+            rest = abandoned.decide(lease, abandoned.claim)
             write = Delete(key) if rest is FREE else Put(key, encode(rest)) if isinstance(rest, Lease) else None
             if write and not self._write("orphan", {key: found.revision}, [write], time.monotonic() + 5).applied:
                 return False
             if rest is not FREE:
                 # Others have joined it and keep its token, which is no orphan's from now on.
                 self._abandoned.pop(entry.token, None)
+            self._forget_release(entry.token)
         except IpamError as error:
             log.info("the abandoned lease %s is not taken back yet: %s", key, error)
             return False
-        log.warning("the abandoned lease %s appeared and was taken back", key)
+        log.warning("the abandoned lease %s was taken back", key)
         return True
 
 
@@ -676,6 +727,11 @@ def _check_inside(pool: Pool, address: Address) -> None:
         raise BadRequest(f"{address} is an IPv{address.version} address, pool {pool} is IPv{pool.subnet.version}")
     if not range_of(pool.subnet).contains(address):
         raise BadRequest(f"{address} does not lie in {pool.subnet}, the subnet of pool {pool}")
+
+
+def _check_usable(pool: Pool, address: Address) -> None:
+    if not usable_range(pool.subnet).contains(address):
+        raise AddressTaken(f"{address} of pool {pool} is the network or broadcast address of {pool.subnet}")
 
 
 def _pool_use(found: KeyValue | None) -> PoolUse | None:

@@ -7,14 +7,17 @@ whole between threads; no promise rests on it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import heapq
+import itertools
 import logging
+import operator
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 from ipam_plugin.addresses import (
@@ -43,6 +46,7 @@ from ipam_plugin.model import (
     parse_time,
     read_lease,
     segment_and_address,
+    segment_and_taken,
 )
 
 log = logging.getLogger(__name__)
@@ -63,6 +67,7 @@ class Local(NamedTuple):
     exclude: tuple[Range, ...] = ()
     routers: tuple[Address, ...] = ()
     cooldown: float = 300.0  # seconds
+    interface: str = ""  # the one that carries the segment, where that is not plain
 
 
 class Settings(NamedTuple):
@@ -158,6 +163,7 @@ class _Segment:
     def __init__(self) -> None:
         self.families = {4: _Family(), 6: _Family()}
         self.settings = NO_SETTINGS
+        self.ranges: dict[str, tuple[int, Range]] = {}  # hand-written lease keys of many addresses -> revision, which
 
 
 class View:
@@ -177,8 +183,10 @@ class View:
         self._changed = threading.Condition()
         self._segments: dict[str, _Segment] = {}
         self._hosts: dict[str, tuple[int, Host]] = {}
-        self._host_numbers = {4: AddressSet(), 6: AddressSet()}
-        self._hosts_generation = 0
+        self._unreadable_hosts: set[str] = set()  # whose record is there and cannot be read
+        self._host_numbers: dict[str, dict[int, AddressSet]] = {}  # by segment, those of all segments under ""
+        self._history: OrderedDict[str, int] = OrderedDict()  # keys -> revision, in the order of the revisions
+        self._generation = 0  # of hosts and hand-written ranges: what is forbidden is worked out anew
         self._pools: dict[str, dict[str, tuple[int, PoolUse]]] = {}  # PoolID -> host -> use
         self._forbidden: dict[str, tuple[tuple[int, int], AddressSet]] = {}
         self._cursors: dict[str, int] = {}
@@ -188,6 +196,7 @@ class View:
         self.loaded = threading.Event()  # the first list has been read
         self.on_lease: Callable[[str, Entry], None] = lambda key, entry: None
         self.on_pools: Callable[[], None] = lambda: None
+        self.on_went_back: Callable[[int, int], None] = lambda before, now: None
 
     # ------------------------------------------------------------------------------------ being fed
 
@@ -197,7 +206,8 @@ class View:
         A revision older than what the view has means that etcd went back to a backup: what the view knew is void.
         """
         with self._changed:
-            went_back = revision < self.revision
+            before = self.revision
+            went_back = revision < before
             newer = [
                 (segment, version, number, entry)
                 for segment, each in self._segments.items()
@@ -211,16 +221,21 @@ class View:
                 for version, family in each.families.items()
             }
             self._segments, self._hosts, self._pools, self._forbidden = {}, {}, {}, {}
+            self._unreadable_hosts.clear()
+            self._history.clear()
             for (name, version), numbers in pending.items():
                 self._segment(name).families[version].pending = numbers
             for key, value, key_revision in values:
                 self._apply(key, value, key_revision)
             for segment, version, number, entry in newer:  # our own transactions, which the list does not have yet
                 self._segment(segment).families[version].set(number, entry)
+            self._history = OrderedDict(sorted(self._history.items(), key=operator.itemgetter(1)))
             self._read_hosts()
             self.revision = revision
             self.loaded.set()
             self._changed.notify_all()
+        if went_back:
+            self.on_went_back(before, revision)
         self.on_pools()
 
     def apply(self, events: Iterable[tuple[str, bytes | None, int]], revision: int) -> None:
@@ -256,7 +271,7 @@ class View:
         if key.startswith(keys.leases):
             self._apply_lease(key, value, revision)
         elif key.startswith(keys.history):
-            self._apply_history(key, value)
+            self._apply_history(key, value, revision)
         elif key.startswith(keys.segments):
             self._apply_settings(key.removeprefix(keys.segments), value, revision)
         elif key.startswith(keys.pools):
@@ -265,20 +280,25 @@ class View:
             name = key.removeprefix(keys.hosts)
             if name in self._hosts and revision < self._hosts[name][0]:
                 return
+            self._unreadable_hosts.discard(name)
             if value is None:
                 self._hosts.pop(name, None)
                 return
             try:
                 self._hosts[name] = (revision, decode(value, Host))
             except ValueError as error:
+                self._unreadable_hosts.add(name)
                 self._report(key, f"cannot be read ({error}); the addresses it names are not known here")
 
     def _apply_lease(self, key: str, value: bytes | None, revision: int) -> None:
         try:
-            segment, address = segment_and_address(key.removeprefix(self._keys.leases))
+            segment, address = segment_and_taken(key.removeprefix(self._keys.leases))
         except ValueError as error:
             if value is not None:
                 self._report(key, f"names no address and takes none: {error}")
+            return
+        if isinstance(address, Range):
+            self._apply_range(segment, address, key, value, revision)
             return
         family, number = self._segment(segment).families[address.version], int(address)
         if key != self._keys.lease(segment, address):
@@ -295,11 +315,29 @@ class View:
             family.set(number, entry)
             self.on_lease(key, entry)
 
-    def _apply_history(self, key: str, value: bytes | None) -> None:
+    def _apply_range(self, name: str, taken: Range, key: str, value: bytes | None, revision: int) -> None:
+        """An operator wrote a CIDR or a range where an address belongs: what else could it mean than all of them?"""
+        ranges = self._segment(name).ranges
+        if key in ranges and revision < ranges[key][0]:
+            return
         if value is None:
+            ranges.pop(key, None)
+        else:
+            ranges[key] = (revision, taken)
+            self._report(key, f"names {taken.size()} addresses; all of them count as taken")
+        self._generation += 1
+
+    def _apply_history(self, key: str, value: bytes | None, revision: int) -> None:
+        if revision < self._history.get(key, 0):
+            return
+        if value is None:
+            self._history.pop(key, None)
             return
         try:
             segment, address = segment_and_address(key.removeprefix(self._keys.history))
+            self._history[key] = revision
+            # A transaction may have told it before what is older; the watch tells all in their order.
+            self._history.move_to_end(key)
             past = decode(value, History).past
         except ValueError as error:
             self._report(key, f"cannot be read: {error}")
@@ -343,16 +381,21 @@ class View:
             self._report(key, f"cannot be read: {error}")
 
     def _read_hosts(self) -> None:
-        numbers = {4: AddressSet(), 6: AddressSet()}
+        numbers: dict[str, dict[int, AddressSet]] = {}
         for _, host in self._hosts.values():
             for each in host.addresses:
                 try:
                     address = parse_address(each.address)
                 except ValueError:
                     continue
-                numbers[address.version].add(int(address))
+                for segment in host.segments or ("",):
+                    families = numbers.setdefault(segment, {4: AddressSet(), 6: AddressSet()})
+                    families[address.version].add(int(address))
         self._host_numbers = numbers
-        self._hosts_generation += 1
+        self._generation += 1
+
+    def _numbers_of_hosts(self, segment: str, version: int) -> list[AddressSet]:
+        return [self._host_numbers[name][version] for name in ("", segment) if name in self._host_numbers]
 
     def _report(self, key: str, what: str) -> None:
         if key not in self._reported:
@@ -374,6 +417,10 @@ class View:
     def entry(self, segment: str, address: Address) -> Entry | None:
         with self._changed:
             return self._segment(segment).families[address.version].entries.get(int(address))
+
+    def interface(self, segment: str) -> str:
+        """The interface that this host's configuration names for the segment, or ''."""
+        return self._local(segment).interface
 
     def settings(self, segment: str) -> Settings:
         with self._changed:
@@ -442,19 +489,42 @@ class View:
         with self._changed:
             return [pool_id for pool_id, uses in self._pools.items() if host in uses]
 
+    def segments_of(self, host: str) -> set[str]:
+        """The segments of the pools that a host uses."""
+        found = set()
+        for pool_id in self.pools_of(host):
+            with contextlib.suppress(Refused):
+                found.add(Pool.parse(pool_id).segment)
+        return found
+
+    def is_unreadable(self, host: str) -> bool:
+        """Whether something is under the host's key that is no record of a host."""
+        with self._changed:
+            return host in self._unreadable_hosts
+
+    def oldest_history(self, beyond: int, at_most: int) -> list[tuple[str, int]]:
+        """The history keys that are more than the `beyond` newest, with their revisions, oldest first."""
+        with self._changed:
+            surplus = len(self._history) - beyond
+            return list(itertools.islice(self._history.items(), max(0, min(surplus, at_most))))
+
     def host(self, name: str) -> tuple[int, Host | None]:
         with self._changed:
             return self._hosts.get(name, (0, None))
 
-    def host_with(self, address: Address) -> str:
-        """The registered host whose interface carries this address, or ''."""
+    def host_with(self, segment: str, address: Address) -> str:
+        """The registered host of this segment whose interface carries this address, or ''.
+
+        Two LANs may use the same addresses: a host counts in the segments that its record names.
+        """
         with self._changed:
-            if int(address) not in self._host_numbers[address.version]:
+            if not any(int(address) in each for each in self._numbers_of_hosts(segment, address.version)):
                 return ""
             return next(
                 (
                     name
                     for name, (_, host) in self._hosts.items()
+                    if not host.segments or segment in host.segments
                     if any(each.address == str(address) for each in host.addresses)
                 ),
                 "a registered host",
@@ -479,12 +549,14 @@ class View:
             return f"it moves between machines, says segment {segment}"
         if address in self.routers(segment):
             return f"it is the router of segment {segment}"
-        owner = self.host_with(address)
+        owner = self.host_with(segment, address)
         if owner:
             return f"it is Docker host {owner}'s own address"
         with self._changed:
-            aliases = self._segment(segment).families[address.version].aliases.get(int(address), {})
-            return next((f"the etcd key {key!a} takes it" for key in aliases), "")
+            known = self._segment(segment)
+            aliases = known.families[address.version].aliases.get(int(address), {})
+            ranges = (key for key, (_, taken) in known.ranges.items() if taken.contains(address))
+            return next((f"the etcd key {key!a} takes it" for key in (*aliases, *ranges)), "")
 
     def moves(self, segment: str, address: Address) -> bool:
         """Whether an operator declared that the address moves between machines (keepalived)."""
@@ -501,7 +573,7 @@ class View:
 
     # ------------------------------------------------------------------------------------- choosing
 
-    @contextmanager
+    @contextlib.contextmanager
     def candidate(self, pool: Pool) -> Iterator[Address | Full]:
         """The next address to try; no other request of this daemon is offered it meanwhile.
 
@@ -585,9 +657,12 @@ class View:
             return family.pending.count(where.first, where.last) > 0
 
     def _forbidden_in(self, pool: Pool) -> AddressSet:
-        """What the pool's options, the segment and the hosts' own addresses take out of the pool's range."""
-        settings = self._segment(pool.segment).settings
-        version = (settings.revision, self._hosts_generation)
+        """What the pool's options, the segment, keys that name many addresses and the hosts' own addresses take out of
+        the pool's range.
+        """
+        segment = self._segment(pool.segment)
+        settings = segment.settings
+        version = (settings.revision, self._generation)
         known = self._forbidden.get(pool.id)
         if known is not None and known[0] == version:
             return known[1]
@@ -598,7 +673,12 @@ class View:
             *local.exclude,
             *settings.value.ranges(),
             *(Range(each.version, int(each), int(each)) for each in (*settings.value.routers(), *local.routers)),
-            *(Range(where.version, first, last) for first, last in self._host_numbers[where.version]),
+            *(taken for _, taken in segment.ranges.values()),
+            *(
+                Range(where.version, first, last)
+                for numbers in self._numbers_of_hosts(pool.segment, where.version)
+                for first, last in numbers
+            ),
         ]
         forbidden = AddressSet(
             (max(each.first, where.first), min(each.last, where.last))

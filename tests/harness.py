@@ -100,7 +100,8 @@ class Host:
             KEYS,
             name,
             default_segment=segment,
-            carried=lambda: list(self.carried),
+            segments=lambda: {segment, *self.view.segments_of(name)},
+            carried=lambda deadline: list(self.carried),
             alarm=lambda kind, text: self.alarms.append((kind, text)),
         )
         self.metrics = Metrics()

@@ -36,7 +36,7 @@ def subnets(draw: st.DrawFn, v4: tuple[int, int] = (8, 32), v6: tuple[int, int] 
     if draw(st.booleans()):
         number = draw(st.integers(1 << 24, (224 << 24) - 1).filter(lambda number: number >> 24 != 127))
         network = ipaddress.IPv4Network((number, draw(st.integers(*v4))), strict=False)
-        assume(not (network.is_loopback or network.is_multicast))
+        assume(not (network.is_loopback or network.is_multicast or network.is_link_local))
         return network
     number = 0x2001 << 112 | draw(st.integers(0, 2**112 - 1))
     return ipaddress.IPv6Network((number, draw(st.integers(*v6))), strict=False)

@@ -266,6 +266,16 @@ def test_the_only_key_without_a_default_is_asked_for() -> None:
     assert problem("etcd: {endpoints: []}\n", embedded_etcd=True).endswith("found an empty list")
 
 
+def test_the_embedded_etcd_has_one_endpoint() -> None:
+    """The child serves one; what is written to an etcd at a second one is in another register."""
+    text = "etcd: {endpoints: ['http://127.0.0.1:2379', 'http://10.0.0.2:2379']}\n"
+    assert problem(text, embedded_etcd=True) == (
+        "etcd.endpoints: expected one URL with --embedded-etcd, found 2: it serves one, "
+        "and an etcd at another would be another register"
+    )
+    assert len(parse(text, "FILE").etcd.endpoints) == 2
+
+
 @pytest.mark.parametrize(
     "text",
     ["a: [", "\t", "a: b: c", "\x00", "!!python/object:os.system x", "!!int ''", "!!bool x", "a: 2001-99-99",

@@ -437,7 +437,11 @@ def test_the_bridge_that_has_the_address_asked_for() -> None:
     first, second = carried("10.0.0.9/24"), carried("10.0.0.2/24", interface="br1")
     assert choose(first, second, asked="10.0.0.2") is second
     assert choose(first, second, pool=Pool.make("10.0.0.0/24", "", {"interface": "br1"}, "lan")) is second
-    assert choose(first, second, pool=Pool.make("10.0.0.0/24", "", {"interface": "br7"}, "lan")) is first
+    wrong = Pool.make("10.0.0.0/24", "", {"interface": "br7"}, "lan")
+    said = refusal(Refused, lambda: choose(first, second, pool=wrong))
+    assert "br7" in said
+    assert "br0 does (10.0.0.9)" in said
+    assert decisions.bridge_address([first, second], POOL, None, ME, "br1") is second  # by the configuration
 
 
 def test_temporary_ipv6_addresses_are_skipped() -> None:

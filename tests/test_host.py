@@ -23,7 +23,8 @@ from ipam_plugin.errors import ConfigError, NotServing
 from ipam_plugin.etcd import Delete, KeyValue, Put
 from ipam_plugin.host import HEARTBEAT, Predecessor, Presence, StateDir, host_name, predecessor
 from ipam_plugin.interfaces import InterfaceAddress
-from ipam_plugin.model import ENDPOINT, HOST, NAME, Alive, Host, Keys, Lease, decode, encode
+from ipam_plugin.model import ENDPOINT, HOST, NAME, Alive, History, Host, Keys, Lease, decode, encode
+from ipam_plugin.protocol import RequestAddress, RequestPool
 from ipam_plugin.register import Register
 from ipam_plugin.view import View
 from properties import refusal
@@ -165,17 +166,37 @@ class Node:
     """One host's daemon, as far as its presence goes: view, register, heartbeat, on an etcd that is shared."""
 
     def __init__(
-        self, etcd: FakeEtcd, state: Path, name: str = "a", carried: list[InterfaceAddress] | None = None
+        self,
+        etcd: FakeEtcd,
+        state: Path,
+        name: str = "a",
+        carried: list[InterfaceAddress] | None = None,
+        segment: str = "lan",
     ) -> None:
+        self.segment = segment
         self.state = StateDir(str(state))
         self.etcd = etcd
         self.carried = carried if carried is not None else []
         self.view = View(KEYS, name)
         self.presence = Presence(
-            etcd, self.view, KEYS, self.state, name=name, carried=lambda: self.carried, time_limit=0.5
+            etcd,
+            self.view,
+            KEYS,
+            self.state,
+            name=name,
+            segments=self.segments,
+            carried=lambda deadline: self.carried,
+            time_limit=0.5,
         )
         self.register = Register(
-            etcd, self.view, KEYS, name, default_segment="lan", carried=lambda: self.carried, alarm=self.presence.alarm
+            etcd,
+            self.view,
+            KEYS,
+            name,
+            default_segment=segment,
+            segments=self.segments,
+            carried=lambda deadline: self.carried,
+            alarm=self.presence.alarm,
         )
         self._stop = threading.Event()
         self._threads = [
@@ -185,6 +206,9 @@ class Node:
 
     def _listed(self, found: list[KeyValue], revision: int) -> None:
         self.view.reset([(each.key, each.value, each.revision) for each in found], revision)
+
+    def segments(self) -> set[str]:
+        return {self.segment, *self.view.segments_of(self.presence.name)}
 
     def start(self) -> Node:
         for each in self._threads:
@@ -221,8 +245,13 @@ def start(etcd: FakeEtcd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setattr(host_module, "REFRESH", 0.05)
     with contextlib.ExitStack() as stack:
 
-        def started(state: str = "state", name: str = "a", carried: list[InterfaceAddress] | None = None) -> Node:
-            node = Node(etcd, tmp_path / state, name, carried)
+        def started(
+            state: str = "state",
+            name: str = "a",
+            carried: list[InterfaceAddress] | None = None,
+            segment: str = "lan",
+        ) -> Node:
+            node = Node(etcd, tmp_path / state, name, carried, segment)
             stack.callback(node.stop)
             return node.start()
 
@@ -446,23 +475,87 @@ def test_a_disk_that_cannot_be_written_is_told(
     assert node.state.read("host") == "a"
 
 
-def test_a_record_that_cannot_be_read_is_left_alone(etcd: FakeEtcd, start: Callable[..., Node]) -> None:
-    """Never overwritten, and no reason to ask etcd without a pause."""
-    put(etcd, KEYS.host("a"), b"junk")
+@pytest.mark.parametrize("at_the_start", [True, False])
+def test_a_record_that_cannot_be_read_is_left_alone(
+    at_the_start: bool, etcd: FakeEtcd, start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P7: never overwritten, an operator is told the key and the cure, and etcd is not asked again and again. When
+    the key is gone, the record is written.
+    """
+    if at_the_start:
+        put(etcd, KEYS.host("a"), b"junk")
     node = start()
     until(node.serves, "serving")
-    before = etcd.transactions
-    turned = threading.Event()
-    etcd.on_commit = lambda expect, writes: turned.set() or Fault.PASS  # type: ignore[func-returns-value]
-    for _ in range(3):
-        turned.clear()
+    if not at_the_start:
+        put(etcd, KEYS.host("a"), b"junk")
         node.presence.changed()
-        assert turned.wait(20)
-    node.stop()
-    assert etcd.transactions - before < 60
+    until(lambda: node.presence.alarm_counts(), "the alarm")
+    turns: list[int] = []
+    keep_alive = etcd.keep_alive
+
+    def counted(lease: int, *, deadline: float) -> int:
+        turns.append(lease)
+        return keep_alive(lease, deadline=deadline)
+
+    monkeypatch.setattr(etcd, "keep_alive", counted)
+    before = etcd.transactions
+    until(lambda: len(turns) > 3, "some turns of the loop")
+    assert etcd.transactions == before
+    assert node.presence.alarm_counts() == {"record_unreadable": 1}
     found = etcd.get(KEYS.host("a"), deadline=soon())
     assert found is not None
     assert found.value == b"junk"
+    etcd.commit({}, [Delete(KEYS.host("a"))], deadline=soon())
+
+    def told() -> str:
+        record = etcd.get(KEYS.host("a"), deadline=soon())
+        return " ".join(decode(record.value, Host).alarms) if record else ""
+
+    until(lambda: f"delete it (etcdctl del {KEYS.host('a')})" in told(), "the record, with the alarm")
+
+
+def test_a_history_in_bounds(etcd: FakeEtcd, start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Section 4: of the history of all addresses the newest stay; several hosts that trim it at once do no harm."""
+    monkeypatch.setattr(Register.trim_history, "__defaults__", (30,))
+    keys = [KEYS.past("lan", ipaddress.ip_address("10.0.0.0") + number) for number in range(350)]
+    for key in keys:
+        put(etcd, key, encode(History()))
+    for name in ("a", "b", "c"):
+        start(name, name)
+    until(lambda: len(etcd.list(KEYS.history, deadline=soon())[0]) == 30, "the oldest are gone")
+    assert sorted(each.key for each in etcd.list(KEYS.history, deadline=soon())[0]) == sorted(keys[-30:])
+
+
+def test_equal_addresses_on_lans_that_never_meet(etcd: FakeEtcd, start: Callable[..., Node]) -> None:
+    """Two hosts of different segments may carry the same address: neither is refused or alarmed. In one segment it is
+    a conflict that an operator must know of.
+    """
+    nodes = [start(name, name, [CARRIER], segment) for name, segment in (("a", "one"), ("b", "two"), ("c", "one"))]
+    for node in nodes[:2]:
+        node.presence.serving(time.monotonic() + 20)
+        pool, _ = node.register.request_pool(RequestPool(Pool="10.0.0.0/24", Options={}), soon())
+        gateway = RequestAddress(PoolID=pool.id, Options={"RequestAddressType": "com.docker.network.gateway"})
+        assert node.register.request_address(gateway, soon()) == "10.0.0.2/24"
+    until(lambda: nodes[2].presence.alarm_counts() == {"own_address_taken": 1}, "the alarm of the third")
+    held = {each.key: decode(each.value, Lease).host for each in etcd.list(KEYS.leases, deadline=soon())[0]}
+    assert held == {KEYS.lease("one", CARRIER.address): "a", KEYS.lease("two", CARRIER.address): "b"}
+    assert nodes[0].presence.alarm_counts() == nodes[1].presence.alarm_counts() == {}
+    assert "host b" in nodes[0].view.forbids("two", CARRIER.address)
+
+
+def test_the_record_names_the_segments(etcd: FakeEtcd, start: Callable[..., Node]) -> None:
+    """Others must know where the host's addresses are: a network in another segment is in the record soon after."""
+    node = start(carried=[CARRIER])
+    node.presence.serving(time.monotonic() + 20)
+
+    def segments() -> tuple[str, ...]:
+        record = etcd.get(KEYS.host("a"), deadline=soon())
+        return decode(record.value, Host).segments if record else ()
+
+    assert segments() == ("lan",)
+    node.view.on_pools = node.presence.changed
+    node.register.request_pool(RequestPool(Pool="10.0.0.0/24", Options={"segment": "dmz"}), soon())
+    until(lambda: segments() == ("dmz", "lan"), "the record with both")
 
 
 def test_the_record_follows_the_interfaces(etcd: FakeEtcd, start: Callable[..., Node]) -> None:

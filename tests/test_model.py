@@ -41,6 +41,7 @@ from ipam_plugin.model import (
     remember,
     rfc3339,
     segment_and_address,
+    segment_and_taken,
 )
 from properties import containers, leases, names, pools, refusal, texts
 
@@ -138,6 +139,8 @@ def test_any_request_is_a_pool_or_refused(subnet: str, narrowed: str, options: d
         ("10.0.0.0/24", "", {"hold": "long"}, "--ipam-opt hold: 'long' is not a duration such as 30s, 10m or 24h"),
         ("224.0.0.0/24", "", {}, "--subnet 224.0.0.0/24 is no subnet that machines of a LAN can have addresses in"),
         ("127.0.0.0/8", "", {}, "--subnet 127.0.0.0/8 is no subnet"),
+        ("169.254.0.0/16", "", {}, "--subnet 169.254.0.0/16 is no subnet"),
+        ("fe80::/64", "", {}, "--subnet fe80::/64 is no subnet"),
         ("fe80::%eth0/64", "", {}, "--subnet 'fe80::%eth0/64' is not a subnet such as 192.168.1.0/24"),
     ],
 )
@@ -329,20 +332,21 @@ def test_a_lease_key_names_its_segment_and_address(segment: str, address: Any) -
     """The lease key has no subnet: pools that overlap cannot give one address twice (P1)."""
     assume(address.version == 4 or not address.ipv4_mapped)
     keys = Keys("/p/")
-    assert segment_and_address(keys.lease(segment, address).removeprefix(keys.leases)) == (segment, address)
+    assert segment_and_taken(keys.lease(segment, address).removeprefix(keys.leases)) == (segment, address)
     assert segment_and_address(keys.past(segment, address).removeprefix(keys.history)) == (segment, address)
 
 
 @pytest.mark.parametrize("rest", ["lan/010.0.0.5", "lan/10.0.0.5/", "lan/10.0.0.5/printer", "lan/::ffff:10.0.0.5"])
 def test_a_key_typed_by_hand_takes_its_address(rest: str) -> None:
     """P2: an address typed in another way by hand still counts as taken (section 4)."""
-    assert segment_and_address(rest) == ("lan", ipaddress.ip_address("10.0.0.5"))
+    assert segment_and_taken(rest) == ("lan", ipaddress.ip_address("10.0.0.5"))
 
 
 @given(st.text(max_size=30))
 def test_any_key_names_an_address_or_nothing(rest: str) -> None:
     """Keys are written by hand as well; one that names no address is a ValueError and nothing else."""
     refusal(ValueError, segment_and_address, rest)
+    refusal(ValueError, segment_and_taken, rest)
 
 
 @given(pools(), names)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +17,7 @@ from fakes import FakeEtcd, Fault, Writes
 from harness import KEYS, NAME, Host, Lan, bridge
 from ipam_plugin import cli, daemon
 from ipam_plugin.addresses import parse_address
-from ipam_plugin.model import Alive, HostAddress, SegmentSettings, decode, encode
+from ipam_plugin.model import Alive, HostAddress, Lease, SegmentSettings, decode, encode
 from ipam_plugin.model import Host as HostRecord
 
 
@@ -165,6 +168,7 @@ def test_pools(run: Run, lan: Lan, a: Host) -> None:
     """Which host uses which subnet and range, with which options, and how full it is."""
     pool = a.create(ip_range="192.168.1.128/25", gateway="router", hold="10m")
     a.run(pool)
+    lan.put(f"{KEYS.leases}default/192.168.1.200", encode(Lease("host", "a", pool=pool)).decode())
     lan.put(f"{KEYS.pools}strange/b", "?")
     told = run("pools")
     assert lines(told.out)[1] == [
@@ -262,6 +266,22 @@ def test_unreserve_what_was_written_by_hand(run: Run, lan: Lan, a: Host, key: st
     assert a.run(pool, "192.168.1.9") == "192.168.1.9"
 
 
+@pytest.mark.parametrize("key", ["192.168.1.8/29", "192.168.1.8-192.168.1.15", "192.168.001.8/29/lab"])
+def test_a_range_that_was_written_by_hand(run: Run, lan: Lan, a: Host, key: str) -> None:
+    """A lease key that names many addresses takes them all: listed, shown for each of them, and undone as a range."""
+    lan.put(f"{KEYS.leases}default/{key}", "the lab")
+    pool = a.create()
+    assert f"the etcd key '{KEYS.leases}default/{key}' takes it" in a.endpoint(pool, "192.168.1.9").error
+    assert lines(run("leases").out)[1][:3] == ["default", "192.168.1.8/29", "unreadable"]
+    assert f"the etcd key '{KEYS.leases}default/{key}' takes it" in run("show", "192.168.1.15").out
+    assert "is free" in run("show", "192.168.1.16").out
+    assert "192.168.1.8/29 in it is taken" in run("reserve", "192.168.1.14-192.168.1.20").err
+    assert "is reserved with 192.168.1.8/29" in run("unreserve", "192.168.1.9").err
+    assert run("unreserve", "192.168.1.8/29").status == 0
+    assert "is not a reserved range" in run("unreserve", "192.168.1.8/29").err
+    assert a.run(pool, "192.168.1.9") == "192.168.1.9"
+
+
 def test_release(run: Run, lan: Lan, a: Host) -> None:
     """A conflict at once; any lease only with --force; a reservation never; what is free is said to be free."""
     pool = a.create()
@@ -307,7 +327,17 @@ def test_segment(run: Run, lan: Lan) -> None:
     assert len(found["reserved"]) == 1
 
 
-@pytest.mark.parametrize("junk", ["junk", '{"exclude":["all"]}', '{"reserved":[{"range":"x"}]}', '{"router":"x"}'])
+@pytest.mark.parametrize(
+    "junk",
+    [
+        "junk",
+        '{"exclude":["all"]}',
+        '{"excluded":["192.168.1.9"]}',
+        '{"reserved":[{"range":"x"}]}',
+        '{"reserved":[{"range":"192.168.1.9","noet":"x"}]}',
+        '{"router":"x"}',
+    ],
+)
 def test_unreadable_settings_are_not_overwritten(run: Run, lan: Lan, junk: str) -> None:
     """What cannot be read is named and left as it is, whatever is asked for: status 1."""
     lan.put(KEYS.segment("default"), junk)
@@ -399,6 +429,51 @@ def test_a_configuration_that_cannot_be_used(run: Run, tmp_path: Path) -> None:
         assert "standbye" in told.err
     assert run("check-config").status == 0
     assert run("leases", "--config", str(tmp_path / "none.yaml")).status == 2
+
+
+#: The command as a user who may not look into the daemon's directory, run with its arguments after that directory.
+ANYBODY = """
+import os, sys
+from pathlib import Path
+from ipam_plugin import cli, daemon  # daemon: Python itself may lie where only root may look
+cli.EMBEDDED_DATA = Path(sys.argv.pop(1)) / "etcd"
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+cli.main()
+"""
+
+
+def test_a_user_who_may_not_look_into_the_daemons_directory() -> None:
+    """The daemon's directory is root's alone. That is no traceback: --config is used, and without it one line."""
+    with tempfile.TemporaryDirectory() as made:
+        where = Path(made)
+        where.chmod(0o755)
+        (where / "closed").mkdir(mode=0)
+        config = where / "config.yaml"
+        config.write_text("etcd: {endpoints: [http://127.0.0.1:1], timeout: 500ms}\n")
+
+        def ran(named: Path) -> subprocess.CompletedProcess[str]:
+            return subprocess.run(
+                [sys.executable, "-c", ANYBODY, str(where / "closed"), "leases", "--config", str(named)],
+                cwd=Path(cli.__file__).parent.parent,
+                env={**os.environ, "HOME": "/nonexistent"},
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+
+        for named, status, said in (
+            (config, 1, "etcd did not answer"),
+            (where / "absent", 2, "there is no such file"),
+            (where / "closed" / "config.yaml", 2, "cannot be read"),
+        ):
+            done = ran(named)
+            assert (done.returncode, done.stdout) == (status, "")
+            assert said in done.stderr
+            assert len(done.stderr.splitlines()) == 1
 
 
 def test_etcd_is_away(run: Run, lan: Lan) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 
 from conftest import missing
+from ipam_plugin import errors
 from ipam_plugin.cli import cli
 from tests.booted import WHEELS, BootedHost, checkout, debian, wheels
 from tests.lab import Command, Lab, until
@@ -97,27 +98,82 @@ def test_all_subcommands_and_no_others_are_described() -> None:
     assert named == set(cli.commands)
 
 
+ERRORS = {each.__name__ for each in vars(errors).values() if isinstance(each, type) and issubclass(each, Exception)}
+ELSEWHERE = {
+    "install.py": "`install` and `uninstall` say it to whoever has just typed them, with the cure",
+    "Address: …": "what follows is a sentence about an address that was typed, and those have a row",
+}
+
+
+def phrases_of_the_table() -> dict[str, re.Pattern[str]]:
+    """What README says that the program says; `…` stands for what is put in."""
+    table = TEXT.partition("\n## What the error says")[2].partition("\n## ")[0]
+    found = {}
+    for row in re.findall(r"(?m)^\| (`.*?) \| ", table):
+        for phrase in re.findall("`([^`]+)`", row):
+            parts = [part.strip() for part in phrase.split("…") if part.strip()]
+            assert len("".join(parts)) > 8, f"{phrase!r} could be found anywhere"
+            found[phrase] = re.compile(".*".join(map(re.escape, parts)), re.DOTALL)
+    return found
+
+
 def test_the_errors_of_the_table_are_those_of_the_program() -> None:
     """Whoever looks an error up must find it word for word."""
-    sentences = list(_sentences())
-    table = TEXT.partition("\n## What the error says")[2].partition("\n## ")[0]
-    phrases = [phrase for row in re.findall(r"(?m)^\| (`.*?) \| ", table) for phrase in re.findall("`([^`]+)`", row)]
-    assert len(phrases) > 20
-    for phrase in phrases:
-        parts = [part.strip() for part in phrase.split("…") if part.strip()]
-        assert len("".join(parts)) > 8, f"{phrase!r} could be found anywhere"
-        words = re.compile(".*".join(map(re.escape, parts)), re.DOTALL)
+    sentences = [sentence for path in sources() for sentence in _sentences(path)]
+    phrases = phrases_of_the_table()
+    assert len(phrases) > 60
+    for phrase, words in phrases.items():
         assert any(words.search(sentence) for sentence in sentences), f"the program never says {phrase!r}"
 
 
-def _sentences() -> Iterator[str]:
-    """Every string in the program, with `…` for what is put in."""
-    for path in (ROOT / "ipam_plugin").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.JoinedStr):
-                yield "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                yield node.value
+def test_the_errors_of_the_program_are_in_the_table() -> None:
+    """Whatever refuses a container or a network has a row with its cure; a new error needs one too."""
+    rows = phrases_of_the_table().values()
+    found = [(path.name, said) for path in sources() for said in _errors(path)]
+    assert len(found) > 60
+    assert set(ELSEWHERE) <= {part for each in found for part in each}
+    without = [each for each in found if not any(words.search(each[1]) for words in rows)]
+    told = [f"{name}: {said}" for name, said in without if ELSEWHERE.keys().isdisjoint((name, said))]
+    assert not told, "\n".join(["no row of README's tables has:", *told])
+
+
+def sources() -> list[Path]:
+    return sorted((ROOT / "ipam_plugin").glob("*.py"))
+
+
+def _sentences(path: Path) -> Iterator[str]:
+    """Every string in a file of the program, with `…` for what is put in."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str)):
+            yield _sentence(node)
+
+
+def _errors(path: Path) -> Iterator[str]:
+    """What its errors say: the sentence with which each is made, and why the daemon does not serve."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        if name in ERRORS and node.args:
+            said = _sentence(node.args[0])
+        elif name == "_set_serving" and len(node.args) == 2:
+            said = _sentence(node.args[1])
+        else:
+            continue
+        # Without a word of its own it repeats another error, or a sentence of a ValueError.
+        if re.search(r"\w", said):
+            yield said
+
+
+def _sentence(node: ast.expr) -> str:
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.JoinedStr(values=parts):
+            return "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts)
+        case ast.BinOp(left=left, right=right):
+            return _sentence(left) + _sentence(right)
+    return "…"
 
 
 def test_make_test_is_what_ci_runs() -> None:

@@ -93,7 +93,9 @@ settings_values = st.builds(
     listed,
     listed,
     listed,
-) | st.sampled_from((b"{", b'{"exclude": ["ten"]}'))
+) | st.sampled_from((b"{", b'{"exclude": ["ten"]}', b'{"excluded": ["10.0.0.2"]}'))
+# Lease keys that name many addresses, as operators write them.
+BY_HAND = ("10.0.0.4/30", "10.0.0.9-10.0.0.11", "010.0.0.12/31/lab", "fd00::8/126")
 
 
 class ViewOfRegister(RuleBasedStateMachine):
@@ -136,6 +138,10 @@ class ViewOfRegister(RuleBasedStateMachine):
     def change_a_lease(self, segment: str, version: int, last: int, spelling: int, value: bytes | None) -> None:
         self.write(f"{KEYS.leases}{segment}/{SPELLINGS[version][spelling].format(last)}", value)
 
+    @rule(segment=st.sampled_from(("lan", "lan", "wan")), text=st.sampled_from(BY_HAND), value=st.none() | lease_values)
+    def change_a_range_by_hand(self, segment: str, text: str, value: bytes | None) -> None:
+        self.write(f"{KEYS.leases}{segment}/{text}", value)
+
     @rule(version=versions, first=lasts, count=st.integers(1, 15))
     def fill(self, version: int, first: int, count: int) -> None:
         for last in range(first, min(16, first + count)):
@@ -155,13 +161,17 @@ class ViewOfRegister(RuleBasedStateMachine):
     def change_the_settings(self, value: bytes | None) -> None:
         self.write(KEYS.segment("lan"), value)
 
-    @rule(name=st.sampled_from(("here", "there")), found=st.none() | st.lists(lasts, max_size=2))
-    def change_a_host(self, name: str, found: list[int] | None) -> None:
+    @rule(
+        name=st.sampled_from(("here", "there")),
+        found=st.none() | st.lists(lasts, max_size=2),
+        segments=st.sampled_from(((), ("lan",), ("wan",), ("lan", "wan"))),
+    )
+    def change_a_host(self, name: str, found: list[int] | None, segments: tuple[str, ...]) -> None:
         if found is None:
             self.write(KEYS.host(name), None)
         else:
             addresses = tuple(HostAddress(f"10.0.0.{last}", 28, "br0") for last in found)
-            self.write(KEYS.host(name), encode(Host(name, addresses=addresses)))
+            self.write(KEYS.host(name), encode(Host(name, addresses=addresses, segments=segments)))
 
     @rule(
         key=st.sampled_from(("leases/lan/printer", "leases/", "nothing/we/know", "hosts/", "pools/x", "history/lan/x"))
@@ -233,7 +243,12 @@ class ViewOfRegister(RuleBasedStateMachine):
         found = set()
         for key, (_, revision) in self.etcd.items():
             match = re.fullmatch(rf"{KEYS.leases}{pool.segment}/([^/]+)(/.*)?", key)
-            if match and match[1] != "printer" and (not told_only or self.told.get(key) == revision):
+            if (
+                match
+                and match[1] != "printer"
+                and not key.endswith(BY_HAND)
+                and (not told_only or self.told.get(key) == revision)
+            ):
                 text = match[1].removeprefix("0")
                 if ipaddress.ip_address(text).version == pool.subnet.version:
                     found.add(int(ipaddress.ip_address(text)))
@@ -248,10 +263,12 @@ class ViewOfRegister(RuleBasedStateMachine):
             told = [*value.exclude, *value.moving, *(each.range for each in value.reserved)]
             ranges += [parse_range(text) for text in told]
             singles += [ipaddress.ip_address(value.router)] if value.router else []
+        written = (text for text in BY_HAND if f"{KEYS.leases}{pool.segment}/{text}" in self.etcd)
+        ranges += [parse_range(text.removesuffix("/lab").removeprefix("0")) for text in written]
         for name in ("here", "there"):
             record = self.etcd.get(KEYS.host(name))
-            if record:
-                host = msgspec.json.decode(record[0], type=Host)
+            host = msgspec.json.decode(record[0], type=Host) if record else Host(name)
+            if not host.segments or pool.segment in host.segments:
                 singles += [ipaddress.ip_address(each.address) for each in host.addresses]
         version, where = pool.subnet.version, pool.candidates
         inside = (address_of(version, number) for number in range(where.first, where.last + 1))
@@ -439,8 +456,11 @@ def test_a_restored_backup_leaves_no_ghosts() -> None:
     """Section 8: when etcd's revision went back, what was written since is gone, and so is it from the view."""
     view = fed((lease_key(5), encode(Lease(ENDPOINT, "there"))), revision=200)
     view.apply([(lease_key(6), encode(Lease(ENDPOINT, "there")), 210)], 210)
+    told = []
+    view.on_went_back = lambda before, now: told.append((before, now))
     view.reset([], 150)
     assert view.use("lan") == {}
+    assert told == [(210, 150)]
     assert view.revision == 150
     assert not view.wait_for(180, deadline=0)
 
@@ -471,6 +491,73 @@ def test_an_address_typed_otherwise_is_taken_also_for_ip(text: str) -> None:
         assert "1 by a key that spells the address in another way" in full.counts
 
 
+@pytest.mark.parametrize(
+    ("text", "taken"),
+    [
+        ("10.0.0.0/29", range(1, 8)),
+        ("10.0.0.1-10.0.0.3", range(1, 4)),
+        ("10.0.0.1-10.0.0.3/printers", range(1, 4)),
+        ("10.0.0.6/32", range(6, 7)),
+        ("10.0.0.6/24", range(6, 7)),  # an address with the length of its subnet
+        ("10.0.0.6/29", range(6, 7)),
+    ],
+)
+def test_a_key_of_many_addresses_takes_them_all(text: str, taken: range, caplog: pytest.LogCaptureFixture) -> None:
+    """P2: whoever reserves a CIDR or a range with etcdctl means all of it. The refusal names the key, the log once."""
+    key = f"{KEYS.leases}lan/{text}"
+    view = fed((key, b"printers"))
+    view.apply([(key, b"printers", 101)], 101)
+    for last in taken:
+        assert view.forbids("lan", address_of(4, number_of(4, last))) == f"the etcd key {key!r} takes it"
+    assert caplog.text.count(key) == 1
+    with all_candidates(view, V4) as (found, full):
+        assert {number_of(4, last) for last in range(1, 15)} - set(found) == {number_of(4, last) for last in taken}
+        assert f"{len(taken)} " in full.counts.partition(":")[2]
+    view.apply([(key, None, 102)], 102)
+    with all_candidates(view, V4) as (found, _):
+        assert len(found) == 14
+
+
+def test_a_host_counts_in_its_segments() -> None:
+    """Two LANs may use the same addresses: a host's own one is nobody else's in its segments, and free in others."""
+    address = ipaddress.ip_address("10.0.0.2")
+    record = Host("there", addresses=(HostAddress("10.0.0.2", 28, "br0"),), segments=("wan", "dmz"))
+    view = fed((KEYS.host("there"), encode(record)))
+    assert view.host_with("wan", address) == view.host_with("dmz", address) == "there"
+    assert view.host_with("lan", address) == view.forbids("lan", address) == ""
+    with all_candidates(view, V4) as (found, _), all_candidates(view, ELSEWHERE) as (other, _):
+        assert int(address) in found
+        assert int(address) not in other
+    # One that says nothing of segments was written before hosts did.
+    view.apply([(KEYS.host("there"), encode(msgspec.structs.replace(record, segments=())), 101)], 101)
+    assert view.host_with("lan", address) == "there"
+
+
+def test_the_oldest_history() -> None:
+    """Section 4: history is bounded in total. What is beyond the newest is known, in the order of its revisions,
+    whoever told it and in whatever order.
+    """
+    value = encode(History((Tenancy(ENDPOINT),)))
+    keys = [KEYS.past("lan", address_of(4, number_of(4, last))) for last in range(6)]
+    view = View(KEYS, "here")
+    view.reset([(keys[0], value, 9), (keys[1], value, 5), (keys[2], b"junk", 7), (f"{KEYS.history}x", b"x", 2)], 10)
+    assert view.oldest_history(0, 10) == [(keys[1], 5), (keys[2], 7), (keys[0], 9)]
+    assert view.oldest_history(1, 10) == [(keys[1], 5), (keys[2], 7)]
+    assert view.oldest_history(0, 1) == [(keys[1], 5)]
+    assert view.oldest_history(3, 10) == []
+    view.learn(keys[1], value, 14)
+    view.apply([(keys[3], value, 11), (keys[2], None, 12), (keys[4], value, 13), (keys[1], value, 14)], 14)
+    assert view.oldest_history(0, 10) == [(keys[0], 9), (keys[3], 11), (keys[4], 13), (keys[1], 14)]
+    view.reset([(keys[4], value, 13)], 15)
+    assert view.oldest_history(0, 10) == [(keys[4], 13)]
+
+
+@pytest.mark.parametrize("told", [b'{"excluded": ["10.0.0.2"]}', b'{"reserved": [{"range": "10.0.0.2", "nots": ""}]}'])
+def test_a_typing_error_in_settings_is_not_ignored(told: bytes) -> None:
+    """P2: what was meant to be excluded would be given out. The settings cannot be read then, and say why."""
+    assert "unknown field" in fed((KEYS.segment("lan"), told)).settings("lan").error
+
+
 def test_settings_that_cannot_be_read_say_why() -> None:
     """To guess could give out what an operator excluded: the reason is kept for the refusal (P2, P7)."""
     view = fed((KEYS.segment("lan"), b'{"exclude": ["ten"]}'))
@@ -493,8 +580,8 @@ def test_pools_hosts_and_own_leases() -> None:
     assert view.subnets() == {"lan": {V4.subnet}}
     assert view.uses(V4.id, "here")
     assert not view.uses(V4.id, "there")
-    assert view.host_with(ipaddress.ip_address("10.0.0.2")) == "there"
-    assert view.host_with(ipaddress.ip_address("10.0.0.3")) == ""
+    assert view.host_with("lan", ipaddress.ip_address("10.0.0.2")) == "there"
+    assert view.host_with("lan", ipaddress.ip_address("10.0.0.3")) == ""
     assert [str(address) for address, _ in view.shared_entries(V4, (ROUTER, HOST))] == ["10.0.0.3", "10.0.0.2"]
     assert view.shared_entries(Pool.make("10.0.0.8/29", "", {}, "lan"), (ROUTER, HOST)) == []
     assert [(segment, str(address)) for segment, address, _ in view.entries_of("here")] == [("lan", "10.0.0.5")]

@@ -190,7 +190,8 @@ class Etcd:
             return False
         words = ("etcdctl", "--endpoints", "http://127.0.0.1:2379", "-w", "json", "endpoint", "status")
         [status] = json.loads(self.node.run(*words, env={"ETCDCTL_API": "3"}, timeout=10).stdout)
-        return bool(status["Status"]["leader"] == status["Status"]["header"]["member_id"])
+        # While there is none, etcd leaves the field out.
+        return bool(status["Status"].get("leader") == status["Status"]["header"]["member_id"])
 
     def _signal(self, number: int) -> None:
         if self._service is None:
