@@ -440,6 +440,7 @@ class Etcd:
                         found, position = self._list(prefix, began + 60, stop=stop)
                         on_reset(found, position.revision)
                         at = position
+                        del found  # a stream may last for months, and this be the largest thing in memory
                     at, reason = self._follow(prefix, at, on_events, stop)
                 except (EtcdUnavailable, EtcdRefused) as error:
                     reason = str(error)
