@@ -257,7 +257,7 @@ def test_the_interpreter_of_the_script_counts(monkeypatch: pytest.MonkeyPatch, t
     """A virtual environment in /opt made with a Python in /root does not run either."""
     assert installing._interpreter(script(tmp_path / "a", "/usr/bin/python3 -I")) == "/usr/bin/python3"
     assert installing._interpreter("/bin/true") == ""
-    assert installing._obstacle("/root/.pyenv/bin/python").endswith("(ProtectHome)")
+    assert installing._obstacle("/root/venv/bin/python").endswith("(ProtectHome)")
     assert installing._obstacle("/bin/sh") == ""
     assert installing._obstacle("/usr/bin/no-such-program") == "/usr/bin/no-such-program: No such file or directory"
 
