@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from conftest import missing
+from tests import lab as labs
 from tests.lab import (
     ROUTER4,
     SUBNET4,
@@ -27,7 +29,6 @@ from tests.lab import (
     Host,
     Lab,
     LabError,
-    missing,
     until,
 )
 from tests.lab.lab import PREFIX
@@ -72,12 +73,9 @@ Server(PATH, Handler).serve_forever()
 
 @pytest.fixture(scope="module", autouse=True)
 def possible() -> None:
-    why = missing()
-    if why is None:
-        return
-    if "engine" in os.environ.get("IPAM_TEST_REQUIRE", "").split(","):
-        pytest.fail(f"no lab can be made here: {why}")
-    pytest.skip(f"no lab can be made here: {why}")
+    why = labs.missing()
+    if why is not None:
+        missing("engine", f"no lab can be made here: {why}")
 
 
 @pytest.fixture(scope="module")
