@@ -21,6 +21,7 @@ from ipam_plugin.errors import (
     NotServing,
     OutcomeUnknown,
     PoolUnknown,
+    ProbeFailed,
     Refused,
 )
 from ipam_plugin.metrics import Metrics
@@ -49,6 +50,7 @@ STATUS: dict[type[IpamError], int] = {
     EtcdUnavailable: 503,
     OutcomeUnknown: 503,
     EtcdRefused: 503,
+    ProbeFailed: 503,
 }
 
 

@@ -45,5 +45,9 @@ class EtcdRefused(IpamError):
     """etcd answered with a definite refusal (rights, credentials, size, quota); nothing was written."""
 
 
+class ProbeFailed(IpamError):
+    """Whether the wire uses an address could not be found out (rights, interface); policy decides what follows."""
+
+
 class ConfigError(Exception):
     """The configuration cannot be used; the text starts with the path of the key. Start-up only, exit status 2."""

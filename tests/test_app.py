@@ -30,6 +30,7 @@ from ipam_plugin.errors import (
     OutcomeUnknown,
     PoolExhausted,
     PoolUnknown,
+    ProbeFailed,
     Refused,
 )
 from ipam_plugin.etcd import KeyValue
@@ -334,6 +335,7 @@ def test_no_bytes_cause_a_traceback(fuzzed: Host, method: str, body: bytes) -> N
         (EtcdUnavailable, 503),
         (OutcomeUnknown, 503),
         (EtcdRefused, 503),
+        (ProbeFailed, 503),
     ],
 )
 def test_each_error_has_its_status(error: type[Any], status: int) -> None:
