@@ -393,9 +393,9 @@ class Wire:
                 return Failed(self._trouble)
             self._count_lost()
             opened, lost = self._opened, self._lost_answers
-        carrier = _fact(self.interface, "carrier")
-        if carrier != "1":
-            return Failed(f"{self.interface} has no carrier")
+        dead = _forwards(self.interface)
+        if dead:
+            return Failed(dead)
         changes = {name: _fact(name, "carrier_changes") for name in (self.interface, *_uplinks(self.interface))}
         return _Evidence(opened, lost, tuple(sorted(changes.items())))
 
@@ -768,23 +768,23 @@ def _forwards(interface: str) -> str:
     """'' when frames can pass between the interface and a cable, as far as this host knows; else why not."""
     if not (_NET / interface).exists():
         return f"there is no interface {interface}"
-    if _fact(interface, "carrier") != "1":
-        down = _fact(interface, "carrier") == ""
-        return f"{interface} is down" if down else f"{interface} has no carrier (is its cable plugged in?)"
+    carrier = _fact(interface, "carrier")
+    if carrier == "":
+        return f"{interface} is down"
     state = _fact(interface, "brport/state")
-    if state and state != _FORWARDING:
+    if carrier == "1" and state and state != _FORWARDING:
         return f"{interface} does not forward: it is {_state(state)} as a port of its bridge (spanning tree)"
-    # Containers' ports forward whatever becomes of the cable, so they count only where there is no other.
+    # A bridge has a carrier while any of its ports forwards. Containers' ports do, whatever becomes of the
+    # cable, so they count only where there is no other.
     ports = _uplinks(interface) or _ports(interface)
-    if ports:
-        states = {port: _fact(port, "brport/state") for port in ports}
-        if _FORWARDING in states.values():
-            return ""
-        port, state = next(iter(states.items()))
-        if _fact(port, "carrier") != "1":
-            return f"{interface} does not forward: {port} has no carrier (is its cable plugged in?)"
-        return f"{interface} does not forward: its port {port} is {_state(state)} (spanning tree)"
-    lower = _lower(interface)
+    if ports and not any(_fact(port, "brport/state") == _FORWARDING for port in ports):
+        port = next((port for port in ports if _fact(port, "carrier") == "1"), None)
+        if port is None:
+            return f"{interface} does not forward: {', '.join(ports[:3])} has no carrier (is the cable plugged in?)"
+        return f"{interface} does not forward: its port {port} is {_state(_fact(port, 'brport/state'))} (spanning tree)"
+    if carrier != "1":
+        return f"{interface} has no carrier (is its cable plugged in?)"
+    lower = [] if ports else _lower(interface)
     return _forwards(lower[0]) if len(lower) == 1 else ""
 
 
