@@ -112,6 +112,17 @@ class Counters:
     opened: int
 
 
+def require_capability(interface: str = "") -> None:
+    """Raises ProbeFailed when this process may not open raw sockets. No interface needs to be there yet."""
+    try:
+        socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0).close()
+    except PermissionError:
+        raise ProbeFailed(
+            f"cannot look at the wire{f' on {interface}' if interface else ''}: raw sockets need the capability "
+            "CAP_NET_RAW, which this process does not have (systemd: AmbientCapabilities=CAP_NET_RAW)"
+        ) from None
+
+
 class Wire:
     """Listens to one interface from `start` to `close`, and asks there. Safe to use from many threads.
 
@@ -155,13 +166,9 @@ class Wire:
         An interface that is down or not there yet is no error: it is opened as soon as it can be, the log
         says so, and until then every probe fails with that reason.
         """
+        require_capability(self.interface)
         try:
             self._open()
-        except PermissionError:
-            raise ProbeFailed(
-                f"cannot look at the wire on {self.interface}: raw sockets need the capability CAP_NET_RAW, "
-                "which this process does not have (systemd: AmbientCapabilities=CAP_NET_RAW)"
-            ) from None
         except OSError as error:
             self._close_sockets(self._why(error))
         try:
@@ -311,6 +318,8 @@ class Wire:
             for address in targets:
                 if isinstance(address, IPv6Address):
                     stack.enter_context(self._joined(packets.solicited_node(address)))
+            # What still waits there answers an earlier question about the same address, from before its claim perhaps.
+            self._take_answers()
             with self._lock:
                 for address in targets:
                     self._questions.setdefault(address, []).append(question)
@@ -675,6 +684,8 @@ def bpf_filter(chosen: Collection[Address] | None) -> bytes:
     the tag off before a filter runs and keeps it beside the frame; one that is still inside is looked at
     as well. Of IPv6 addresses the last 32 bits are compared: some frames too many, never one too few.
     """
+    if chosen is not None and not chosen:
+        return struct.pack("=HBBI", *_REFUSE)  # the cheapest, for every frame of the host while nothing is asked
     if chosen is None or len(chosen) > CHOSEN:
         arp, about_source, about_target = [_ACCEPT], [_ACCEPT], [_ACCEPT]
     else:

@@ -15,6 +15,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -217,6 +218,13 @@ def next_probe(raw: socket.socket, address: Address) -> None:
             return
 
 
+def at_probe(raw: socket.socket, address: Address, frame: bytes, after: float = 0.0) -> None:
+    """Sends a frame so many seconds after the next probe of the address arrived."""
+    next_probe(raw, address)
+    time.sleep(after)
+    raw.send(frame)
+
+
 # --- probing -------------------------------------------------------------------------------------------
 
 
@@ -229,7 +237,7 @@ def test_an_address_in_use_is_found_at_once(address: Address, bridge: bool) -> N
         outcome, seconds = timed(lambda: tested.probe(address, FULL, deadline=soon()))
         how = How.ARP_REPLY if address.version == 4 else How.ADVERTISEMENT
         assert outcome == InUse(PRINTER_MAC, how)
-        assert seconds < 0.5
+        assert seconds < 0.9
 
 
 @in_namespaces
@@ -239,7 +247,7 @@ def test_a_silent_address(address: Address) -> None:
     with machines() as [printer], printer.socket() as raw, Wire("br0") as tested:
         outcome, seconds = timed(lambda: tested.probe(address, FAST, deadline=soon()))
         assert outcome == Silent()
-        assert 0.25 <= seconds < 0.5
+        assert 0.25 <= seconds < 0.9
         raw.settimeout(0.1)
         heard = []
         with contextlib.suppress(TimeoutError):
@@ -276,21 +284,16 @@ def test_full_is_rfc_5227s() -> None:
 def test_a_late_answer(address: Address) -> None:
     """A slow machine's answer counts until the last moment of the window, and is only heard of after it."""
     heard: list[Sighting] = []
-    times = Times(1, (0.1, 0.1), 0.4)
+    times = Times(1, (0.1, 0.1), 1.0)
     with machines() as [printer], printer.socket() as raw, Wire("br0", heard.append) as tested:
-
-        def slowly(after: float) -> None:
-            next_probe(raw, address)
-            time.sleep(after)
-            raw.send(answer(address, FORGED))
-
-        with meanwhile(lambda: slowly(0.35)):
+        with meanwhile(lambda: at_probe(raw, address, answer(address, FORGED), after=0.8)):
             outcome = tested.probe(address, times, deadline=soon())
         assert isinstance(outcome, InUse)
         assert outcome.mac == FORGED
-        with meanwhile(lambda: slowly(0.5)):
+        before = len(heard)
+        with meanwhile(lambda: at_probe(raw, address, answer(address, FORGED), after=1.2)):
             assert tested.probe(address, times, deadline=soon()) == Silent()
-        until(lambda: sum(one.address == address for one in heard if one.mac == FORGED), "the late answer is heard")
+        until(lambda: any(one.mac == FORGED for one in heard[before:]), "the late answer is heard")
 
 
 @in_namespaces
@@ -300,13 +303,15 @@ def test_somebody_else_probes_at_the_same_time(address: Address) -> None:
     probe is none, because the register decides between hosts; but its claim is one."""
     with machines() as [printer], printer.socket() as raw:
         how = How.ARP_PROBE if address.version == 4 else How.DETECTION
-        with Wire("br0") as tested, meanwhile(lambda: raw.send(foreign_probe(address, FORGED)), 0.1):
+        with Wire("br0") as tested, meanwhile(lambda: at_probe(raw, address, foreign_probe(address, FORGED))):
             assert tested.probe(address, FAST, deadline=soon()) == InUse(FORGED, how)
         with Wire("br0", own_macs=lambda: {FORGED}) as tested:
-            with meanwhile(lambda: raw.send(foreign_probe(address, FORGED)), 0.1):
-                assert tested.probe(address, FAST, deadline=soon()) == Silent()
-            with meanwhile(lambda: raw.send(answer(address, FORGED)), 0.1):
-                outcome = tested.probe(address, FAST, deadline=soon())
+            # Each time another address, because of some probes more than one arrives.
+            second, third = address + 1, address + 2
+            with meanwhile(lambda: at_probe(raw, second, foreign_probe(second, FORGED))):
+                assert tested.probe(second, FAST, deadline=soon()) == Silent()
+            with meanwhile(lambda: at_probe(raw, third, answer(third, FORGED))):
+                outcome = tested.probe(third, FAST, deadline=soon())
             assert isinstance(outcome, InUse)
             assert outcome.mac == FORGED
 
@@ -347,8 +352,25 @@ def test_an_optimistic_address_answers_afterwards() -> None:
 
 
 @in_namespaces
+def test_the_group_of_a_probed_address_is_joined() -> None:
+    """While an IPv6 address is probed this host is in its group (RFC 4862, 5.4.2), or a switch that watches
+    memberships would keep another machine's probe away; afterwards it is not."""
+    group = packets.solicited_node(IPv6Address("fd00:77::1234:5678")).packed.hex()
+
+    def joined() -> bool:
+        return group in Path("/proc/thread-self/net/igmp6").read_text()
+
+    with machines(), Wire("br0") as tested, ThreadPoolExecutor(1) as executor:
+        running = executor.submit(tested.probe, IPv6Address("fd00:77::1234:5678"), FAST, deadline=soon())
+        until(joined, "the group is joined")
+        assert not running.done()
+        assert running.result(10) == Silent()
+        assert not joined()
+
+
+@in_namespaces
 def test_two_hosts_probe_the_same_address() -> None:
-    """Of two machines that do not know each other and probe at once, none takes the address for free."""
+    """Of two machines that do not know each other and probe at once, at most one takes the address for free."""
     with machines(2) as [_printer, laptop]:
 
         def other() -> Wire:
@@ -360,13 +382,16 @@ def test_two_hosts_probe_the_same_address() -> None:
             opened.start()
             return opened
 
-        with ThreadPoolExecutor(1, initializer=None) as executor, Wire("br0") as here:
+        with ThreadPoolExecutor(1) as executor, Wire("br0") as here:
             there = executor.submit(other).result(10)
             try:
-                outcome = executor.submit(lambda: there.probe(FREE4, FAST, deadline=soon()))
-                assert here.probe(FREE4, FAST, deadline=soon()) == InUse(LAPTOP_MAC, How.ARP_PROBE)
-                # The one here stopped after the first probe that it heard; the other heard the one before that.
-                assert outcome.result(10) in (InUse(HOST_MAC, How.ARP_PROBE), Silent())
+                for pause in (0.0, 0.05, 0.15):
+                    other_outcome = executor.submit(lambda: there.probe(FREE4, FAST, deadline=soon()))
+                    time.sleep(pause)
+                    outcomes = [here.probe(FREE4, FAST, deadline=soon()), other_outcome.result(10)]
+                    # Who hears the other before it has sent a probe itself stops, and is not heard in turn.
+                    expected = [InUse(LAPTOP_MAC, How.ARP_PROBE), InUse(HOST_MAC, How.ARP_PROBE)]
+                    assert [one for one in outcomes if one != Silent()] in (expected, expected[:1], expected[1:])
             finally:
                 there.close()
 
@@ -422,7 +447,7 @@ def test_linux_with_proxy_arp_does_not_answer_probes() -> None:
         router.setting("ipv4/neigh/eth0/proxy_delay", "0")
         assert tested.probe(FREE4, FAST, deadline=soon()) == Silent()
         assert tested.alive([FREE4], deadline=soon(3)) == ""  # an ordinary request, by our own address
-        assert tested.heard(FREE4)[-1].mac == PRINTER_MAC
+        until(lambda: [one.mac for one in tested.heard(FREE4)] == [PRINTER_MAC], "the answer is heard")
 
 
 @in_namespaces
@@ -444,15 +469,15 @@ from ipaddress import ip_address
 from ipam_plugin.errors import ProbeFailed
 from ipam_plugin.wire import FAST, Wire
 try:
-    with Wire("br0") as wire:
+    with Wire(sys.argv[2]) as wire:
         print(wire.probe(ip_address(sys.argv[1]), FAST, deadline=time.monotonic() + 5))
 except ProbeFailed as error:
     print("refused:", error)
 """
 
 
-def as_child(capabilities: str, address: Address) -> str:
-    command = ["setpriv", "--bounding-set", capabilities, sys.executable, "-c", _CHILD, str(address)]
+def as_child(capabilities: str, address: Address, interface: str = "br0") -> str:
+    command = ["setpriv", "--bounding-set", capabilities, sys.executable, "-c", _CHILD, str(address), interface]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
 
 
@@ -460,10 +485,11 @@ def as_child(capabilities: str, address: Address) -> str:
 def test_without_the_capability() -> None:
     """Who may not open raw sockets is told which capability is missing, in one line, at the start."""
     with machines():
-        said = as_child("-net_raw", PRINTER4)
-        assert said.startswith("refused: cannot look at the wire on br0")
-        assert "CAP_NET_RAW" in said
-        assert "\n" not in said
+        for interface in ("br0", "not-there-yet"):
+            said = as_child("-net_raw", PRINTER4, interface)
+            assert said.startswith(f"refused: cannot look at the wire on {interface}")
+            assert "CAP_NET_RAW" in said
+            assert "\n" not in said
 
 
 @in_namespaces
@@ -621,6 +647,24 @@ def test_the_cable_is_out() -> None:
 
 
 @in_namespaces
+def test_containers_ports_are_no_cable() -> None:
+    """A container's port forwards whatever becomes of the LAN, so a bridge that has a real port lives by that one."""
+    with machines(1, bridge=False, addresses=False) as [printer]:
+        ip(f"link add br0 address {HOST_MAC} type bridge", "link set br0 up")
+        # Made on another interface, as a bond or a VLAN is: the only such port that every kernel has.
+        ip("link add link eth0 name nic0 type macvlan mode passthru", "link set nic0 master br0", "link set nic0 up")
+        ip("link add veth0 type veth peer name inside0", "link set veth0 master br0", "link set veth0 up")
+        ip("link set inside0 up")
+        with Wire("br0") as tested:
+            until(lambda: tested.alive([PRINTER4], deadline=soon(1)) == "", "it forwards")
+            printer.ip("link set eth0 down")
+            why = "br0 does not forward: nic0 has no carrier (is the cable plugged in?)"
+            until(lambda: tested.alive([], deadline=soon()) == why, "it is noticed")
+            assert Path("/sys/class/net/br0/carrier").read_text() == "1\n"
+            assert tested.probe(FREE4, FAST, deadline=soon()) == Failed(why)
+
+
+@in_namespaces
 @pytest.mark.parametrize("peer", PRINTER, ids=str)
 def test_a_peer_that_was_heard_need_not_be_asked(peer: Address) -> None:
     """Who was heard within 30 s shows that the wire lives; nothing is sent then."""
@@ -761,10 +805,11 @@ def test_another_vlan_is_another_segment() -> None:
             frame = answer(address, FORGED)
             return frame[:12] + b"\x81\x00" + vlan + frame[12:]
 
-        with meanwhile(lambda: raw.send(tagged(b"\x00\x0a", FREE4)), 0.1):
+        with meanwhile(lambda: at_probe(raw, FREE4, tagged(b"\x00\x0a", FREE4))):
             assert tested.probe(FREE4, FAST, deadline=soon()) == Silent()
-        with meanwhile(lambda: raw.send(tagged(b"\xe0\x00", FREE4)), 0.1):
-            assert tested.probe(FREE4, FAST, deadline=soon()) == InUse(FORGED, How.ARP_REPLY)
+        other = FREE4 + 1
+        with meanwhile(lambda: at_probe(raw, other, tagged(b"\xe0\x00", other))):
+            assert tested.probe(other, FAST, deadline=soon()) == InUse(FORGED, How.ARP_REPLY)
         raw.send(tagged(b"\x00\x0a", FREE6))
         raw.send(tagged(b"\xe0\x00", PRINTER6))
         until(lambda: any(one.address == PRINTER6 and one.mac == FORGED for one in heard), "the priority tag")
@@ -891,7 +936,6 @@ def test_a_flood() -> None:
         assert busy < 0.5
 
 
-@in_namespaces
 def test_memory_is_bounded() -> None:
     """Only the addresses heard last are remembered, and of each address a few machines."""
     tested = Wire("br0")
@@ -929,17 +973,30 @@ def test_nothing_leaks() -> None:
     assert not any(thread.name.startswith("wire-") for thread in threading.enumerate())
 
 
-def test_start_without_rights_leaves_nothing() -> None:
-    """Where the socket is refused, neither a thread nor a descriptor stays."""
+@in_namespaces
+def test_without_rights_nothing_is_left() -> None:
+    """Where the sockets are refused, neither a thread nor a descriptor stays; where the right is lost later, the
+    reason is that one."""
+    with machines(), Wire("br0") as tested:
+        files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+        drop_raw_sockets()
+        for interface in ("br0", "nowhere"):
+            with pytest.raises(ProbeFailed, match="CAP_NET_RAW"):
+                Wire(interface).start()
+        with pytest.raises(ProbeFailed, match="CAP_NET_RAW"):
+            wire.require_capability()
+        assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == (files, threads)
+        # What is open stays open.
+        assert tested.probe(PRINTER4, FAST, deadline=soon()) == InUse(PRINTER_MAC, How.ARP_REPLY)
 
-    class Refused(Wire):
-        def _open(self) -> None:
-            raise PermissionError(1, "Operation not permitted")
 
-    files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
-    with pytest.raises(ProbeFailed, match="CAP_NET_RAW"):
-        Refused("br0").start()
-    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == (files, threads)
+def drop_raw_sockets() -> None:
+    """Takes CAP_NET_RAW from the calling thread alone (capset(2), version 3)."""
+    header, data = struct.pack("=Ii", 0x20080522, 0), ctypes.create_string_buffer(24)
+    call(_libc.capget(header, data))
+    words = list(struct.unpack("=6I", data.raw))
+    words[0] &= ~(1 << 13)
+    call(_libc.capset(header, struct.pack("=6I", *words)))
 
 
 # --- the kernel's filter, asked itself -----------------------------------------------------------------
