@@ -29,15 +29,21 @@ import msgspec
 from ipam_plugin import __version__, interfaces
 from ipam_plugin.addresses import parse_address, parse_range
 from ipam_plugin.app import SPARE_THREADS, WAITING, create_app
+from ipam_plugin.claims import Claims, Stock
 from ipam_plugin.config import Config
 from ipam_plugin.embedded_etcd import EmbeddedEtcd
-from ipam_plugin.errors import ConfigError, NotServing
+from ipam_plugin.errors import ConfigError, NotServing, ProbeFailed
 from ipam_plugin.etcd import Etcd, EtcdSettings, Event, KeyValue
 from ipam_plugin.host import Presence, StateDir, host_name
+from ipam_plugin.ledger import Ledger
 from ipam_plugin.metrics import Metrics
 from ipam_plugin.model import Keys
+from ipam_plugin.neighbourhood import Habits, Neighbourhood
 from ipam_plugin.register import Register
+from ipam_plugin.standby import Keeper
+from ipam_plugin.vendors import vendor_of
 from ipam_plugin.view import Local, View
+from ipam_plugin.wire import require_capability
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +80,24 @@ def local_settings(config: Config, segment: str) -> Local:
     )
 
 
+def habits(config: Config, segment: str) -> Habits:
+    """How this host looks at a segment's wire."""
+    told = config.for_segment(segment)
+    return Habits(
+        probe=told.probe,
+        refuse=told.probe_failure == "refuse",
+        interface=told.interface or "",
+        standby=told.standby,
+        probation=told.probation,
+    )
+
+
+def asks_a_wire(config: Config) -> bool:
+    """Whether any segment that the configuration names is probed."""
+    names = {config.segment, *config.segments}
+    return any(config.for_segment(name).probe != "off" for name in names)
+
+
 def carried(deadline: float) -> list[interfaces.InterfaceAddress]:
     """The addresses on this host's interfaces. Raises NotServing when the kernel does not say them in time."""
     try:
@@ -95,8 +119,27 @@ class Daemon:
         self._presence = Presence(
             self._etcd, self._view, keys, state, name=name, segments=self._segments, carried=carried, time_limit=5.0
         )
+        self._ledger = Ledger(self._etcd, self._view, keys, name)
+        self._neighbourhood = Neighbourhood(
+            self._view, name, lambda segment: habits(config, segment), interfaces, alarm=self._presence.alarm
+        )
+        self._stock = Stock()
+        self._claims = Claims(
+            self._ledger, self._view, keys, name, self._neighbourhood, self._stock, vendor_of=vendor_of
+        )
+        self._keeper = Keeper(
+            self._claims,
+            self._stock,
+            self._ledger,
+            self._view,
+            keys,
+            name,
+            self._neighbourhood,
+            alarm=self._presence.alarm,
+        )
         self._register = Register(
-            self._etcd,
+            self._ledger,
+            self._claims,
             self._view,
             keys,
             name,
@@ -104,14 +147,20 @@ class Daemon:
             segments=self._segments,
             carried=carried,
             alarm=self._presence.alarm,
+            on_given=self._keeper.given,
         )
         self._metrics = Metrics()
         self._metrics.ask(
             serving=lambda: self._presence.is_serving,
             leases=lambda: {segment: self._view.use(segment) for segment in self._view.segment_names()},
-            transactions=lambda: dict(self._register.transactions),
-            lost_races=lambda: self._register.lost_races,
+            transactions=lambda: dict(self._ledger.transactions),
+            lost_races=lambda: self._ledger.lost_races,
             alarms=self._presence.alarm_counts,
+            probes=lambda: dict(self._neighbourhood.results),
+            standby=self._stock.counts,
+            conflicts=lambda: self._claims.conflicts,
+            unproven=lambda: self._claims.unproven,
+            wires=self._neighbourhood.states,
         )
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -134,7 +183,15 @@ class Daemon:
         log.info("ipam-plugin %s starts as host %s", __version__, self._presence.name)
         for line in not_carried_out(self._config):
             log.warning("%s", line)
-        self._view.on_pools = self._presence.changed
+        if asks_a_wire(self._config):
+            try:
+                require_capability()
+            except ProbeFailed as error:
+                self._presence.alarm("cannot_probe", f"{error}; what follows says probe_failure in the configuration")
+        self._neighbourhood.on_heard = self._keeper.heard
+        self._claims.on_taken = self._keeper.wake
+        self._view.on_wanted = self._keeper.wake
+        self._view.on_pools = self._pools_changed
         self._view.on_went_back = lambda before, now: self._presence.alarm(
             "etcd_went_back",
             f"etcd went back from revision {before} to {now} (a backup was restored, or its data are gone): addresses"
@@ -145,7 +202,8 @@ class Daemon:
             self._embedded.start()
         self._run("watch", self._watch)
         self._run("presence", lambda: self._presence.run(self._register, self._stop))
-        self._run("orphans", lambda: self._register.free_orphans(self._stop))
+        self._run("orphans", lambda: self._ledger.free_orphans(self._stop))
+        self._run("keeper", self._keep)
         self._run("ready", self._report_ready)
         self._watcher = interfaces.Watcher(self._presence.changed)
         self._watcher.start()
@@ -156,13 +214,15 @@ class Daemon:
         notify("STOPPING=1")
         self._stop.set()
         self._presence.changed()
-        self._register.stop_freeing_orphans()
+        self._keeper.close()
+        self._ledger.stop_freeing_orphans()
         if self._watcher is not None:
             self._watcher.stop()
         self._stop_metrics()
         self._presence.leave()
         for thread in self._threads:
             thread.join(3)
+        self._neighbourhood.close()
         self._etcd.close()
         if self._embedded is not None:
             self._embedded.stop()
@@ -180,6 +240,19 @@ class Daemon:
         thread = threading.Thread(target=again_and_again, name=name, daemon=True)
         self._threads.append(thread)
         thread.start()
+
+    def _pools_changed(self) -> None:
+        self._presence.changed()
+        self._keeper.wake()
+
+    def _keep(self) -> None:
+        """Standby is this host's, so it has to be this host for certain."""
+        while not self._stop.is_set():
+            try:
+                self._presence.serving(time.monotonic() + 1)
+            except NotServing:
+                continue
+            return self._keeper.run(self._stop)
 
     def _watch(self) -> None:
         def reset(values: list[KeyValue], revision: int) -> None:
@@ -209,7 +282,7 @@ class Daemon:
                     return notify("READY=1")
 
 
-NOT_YET = ("probe", "probe_failure", "standby", "hold", "boot_wait", "retire_after", "docker")
+NOT_YET = ("hold", "boot_wait", "retire_after", "docker")
 
 
 def not_carried_out(config: Config) -> list[str]:
@@ -219,13 +292,8 @@ def not_carried_out(config: Config) -> list[str]:
         asked = getattr(config, key)
         usual = next(each.default for each in msgspec.structs.fields(Config) if each.name == key)
         own = [name for name, each in config.segments.items() if getattr(each, key, None) is not None]
-        if key != "probe" and (asked != usual or own):
+        if asked != usual or own:
             lines.append(f"{key}: this version reads it and does not act on it yet")
-    if config.probe != "off":
-        lines.append(
-            "probe: this version does not look at the wire before an address is given; exclude or reserve the"
-            " addresses of machines that are not in the register"
-        )
     return lines
 
 

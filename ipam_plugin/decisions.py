@@ -78,6 +78,10 @@ def _taken(claim: Claim, lease: Lease, cure: str = "") -> NoReturn:
     raise AddressTaken(f"{where} is taken: {lease.told()}{f'; {cure}' if cure else ''}")
 
 
+def _taken_by_own(claim: Claim, lease: Lease) -> NoReturn:
+    _taken(claim, lease, f"if that container is gone, free it with: ipam-plugin release {claim.address} --force")
+
+
 def grant_endpoint(lease: Lease | None, claim: Claim, mac: str, container: Container | None) -> Decision:
     """An address for a container, chosen or asked for by `--ip`.
 
@@ -90,8 +94,35 @@ def grant_endpoint(lease: Lease | None, claim: Claim, mac: str, container: Conta
             pool=claim.pool.id, since=claim.now, token=claim.token,
         )  # fmt: skip
     if lease.kind == ENDPOINT and lease.host == claim.host:
-        _taken(claim, lease, f"if that container is gone, free it with: ipam-plugin release {claim.address} --force")
+        _taken_by_own(claim, lease)
     _taken(claim, lease)
+
+
+def claim_ahead(lease: Lease | None, claim: Claim) -> Decision:
+    """Claimed for this host, so that the wire can be asked for it; given to nobody yet.
+
+    An explicit `--ip` may ask for an address where a stranger was seen once: it is looked at anew.
+    """
+    if lease is None or lease.kind == CONFLICT or (lease.kind in (HELD, STANDBY) and lease.host == claim.host):
+        return Lease(kind=STANDBY, host=claim.host, pool=claim.pool.id, since=claim.now, token=claim.token)
+    if lease.kind == ENDPOINT and lease.host == claim.host:
+        _taken_by_own(claim, lease)
+    _taken(claim, lease)
+
+
+def found_in_use(claim: Claim, mac: str, vendor: str) -> Lease:
+    """What a claimed address becomes when a machine that is none of ours answers for it."""
+    return Lease(kind=CONFLICT, mac=mac, vendor=vendor, by=claim.host, since=claim.now, token=claim.token)
+
+
+def end_conflict(lease: Lease | None, claim: Claim, token: str) -> Decision:
+    """The stranger was silent after the probation: any living daemon may say so (promise P3), of this very conflict."""
+    return FREE if lease is not None and (lease.kind, lease.token) == (CONFLICT, token) else KEEP
+
+
+def renew_conflict(lease: Lease | None, claim: Claim, token: str, again: Lease) -> Decision:
+    """It answered, so its probation begins anew."""
+    return again if lease is not None and (lease.kind, lease.token) == (CONFLICT, token) else KEEP
 
 
 def share(lease: Lease | None, claim: Claim) -> Decision:

@@ -51,6 +51,11 @@ class Metrics:
         transactions: Callable[[], Mapping[str, int]],
         lost_races: Callable[[], int],
         alarms: Callable[[], Mapping[str, int]],
+        probes: Callable[[], Mapping[str, int]],
+        standby: Callable[[], Mapping[str, int]],
+        conflicts: Callable[[], int],
+        unproven: Callable[[], int],
+        wires: Callable[[], Mapping[str, tuple[bool, int, int]]],
     ) -> None:
         """Where to look when somebody asks: what the daemon knows anyway is not counted twice."""
 
@@ -75,6 +80,25 @@ class Metrics:
                 for kind, count in alarms().items():
                     raised.add_metric([kind], count)
                 yield raised
+                looked = CounterMetricFamily("ipam_plugin_probes", "Looks at the wire", labels=["result"])
+                for result, count in probes().items():
+                    looked.add_metric([result], count)
+                yield looked
+                ready = GaugeMetricFamily(
+                    "ipam_plugin_standby", "Addresses that are claimed, looked at and ready", labels=["pool"]
+                )
+                for pool, count in standby().items():
+                    ready.add_metric([pool], count)
+                yield ready
+                yield CounterMetricFamily(
+                    "ipam_plugin_conflicts", "Addresses found in use by a stranger", value=conflicts()
+                )
+                yield CounterMetricFamily(
+                    "ipam_plugin_unproven_addresses",
+                    "Addresses given although the wire could not be heard",
+                    value=unproven(),
+                )
+                yield from _of_wires(wires())
 
         self.registry.register(Asked())
 
@@ -95,3 +119,18 @@ class Metrics:
             thread.join(2)
 
         return stop
+
+
+def _of_wires(wires: Mapping[str, tuple[bool, int, int]]) -> Iterable[Metric]:
+    usable = GaugeMetricFamily("ipam_plugin_wire_usable", "1 when it can be listened to", labels=["interface"])
+    heard = CounterMetricFamily(
+        "ipam_plugin_wire_frames", "ARP and neighbour discovery frames looked at", labels=["interface"]
+    )
+    lost = CounterMetricFamily(
+        "ipam_plugin_wire_frames_lost", "Such frames that there was no room for", labels=["interface"]
+    )
+    for interface, (can, frames, missed) in wires.items():
+        usable.add_metric([interface], float(can))
+        heard.add_metric([interface], frames)
+        lost.add_metric([interface], missed)
+    yield from (usable, heard, lost)

@@ -258,10 +258,11 @@ class Lease(msgspec.Struct, frozen=True, omit_defaults=True):
     holders: tuple[Holder, ...] = ()  # kinds router and host: the networks that use it
     noted: int = 0  # kind endpoint: how many times an auxiliary address of this host named it
     note: str = ""  # an operator's words
-    by: str = ""  # who reserved it
+    by: str = ""  # who reserved it; kind conflict: the host that saw it
     # New with every change of a lease that several share: two changes that say the same are still told apart, so
     # that a write is recognised as this one and no other (the token stays, a release compares it).
     change: str = ""
+    vendor: str = ""  # kind conflict: who made that MAC, where known
 
     def told(self) -> str:
         """Who has it, for a sentence."""
@@ -280,7 +281,9 @@ class Lease(msgspec.Struct, frozen=True, omit_defaults=True):
             note = f": {self.note}" if self.note else ""
             return f"a reservation{f' by {self.by}' if self.by else ''}{note}" + self._when()
         if self.kind == CONFLICT:
-            return f"a machine that is none of ours (MAC {self.mac or 'unknown'})" + self._when()
+            vendor = f", {self.vendor}" if self.vendor else ""
+            seen = f", seen by host {self.by}" if self.by else ""
+            return f"a machine that is none of ours (MAC {self.mac or 'unknown'}{vendor}{seen})" + self._when()
         if self.kind == UNREADABLE:
             return f"a value in etcd that cannot be read: {self.note}"
         return f"{self.kind} of {who or 'nobody known'}" + self._when()
@@ -474,9 +477,10 @@ class Keys:
     pools: str = field(init=False)
     hosts: str = field(init=False)
     alive: str = field(init=False)
+    wanted: str = field(init=False)
 
     def __post_init__(self) -> None:
-        for name in ("leases", "history", "segments", "pools", "hosts", "alive"):
+        for name in ("leases", "history", "segments", "pools", "hosts", "alive", "wanted"):
             object.__setattr__(self, name, f"{self.prefix}{name}/")
 
     def lease(self, segment: str, address: Address) -> str:
@@ -493,6 +497,9 @@ class Keys:
 
     def host(self, host: str) -> str:
         return f"{self.hosts}{host}"
+
+    def want(self, pool: Pool, host: str) -> str:
+        return f"{self.wanted}{pool.id}/{host}"
 
     def heartbeat(self, host: str) -> str:
         return f"{self.alive}{host}"

@@ -30,11 +30,14 @@ from ipam_plugin.addresses import (
     parse_address,
     parse_range,
     range_of,
+    usable_range,
 )
 from ipam_plugin.errors import Refused
 from ipam_plugin.model import (
+    ENDPOINT,
     HOST,
     KINDS,
+    STANDBY,
     UNREADABLE,
     History,
     Host,
@@ -85,6 +88,9 @@ class Full(NamedTuple):
     counts: str  # for the sentence
 
 
+TICK = 0.1  # seconds between two looks at what does not say that it changed
+ENDED_MACS = 4096  # remembered
+ENDED_LATELY = 120.0  # seconds for which the MAC of an ended lease is no stranger's (design section 7)
 POINTS = 16  # tries to land on a free address, each a few binary searches
 
 NO_SETTINGS = Settings(0, SegmentSettings(), "")
@@ -185,6 +191,10 @@ class View:
         self._hosts: dict[str, tuple[int, Host]] = {}
         self._unreadable_hosts: set[str] = set()  # whose record is there and cannot be read
         self._host_numbers: dict[str, dict[int, AddressSet]] = {}  # by segment, those of all segments under ""
+        self._host_macs: frozenset[str] = frozenset()
+        self._ended_macs: OrderedDict[str, float] = OrderedDict()  # MACs of leases that ended -> when, since the epoch
+        self._alive: dict[str, int] = {}  # host -> revision
+        self._wanted: dict[str, tuple[int, str, str]] = {}  # key -> (revision, PoolID, host)
         self._history: OrderedDict[str, int] = OrderedDict()  # keys -> revision, in the order of the revisions
         self._generation = 0  # of hosts and hand-written ranges: what is forbidden is worked out anew
         self._pools: dict[str, dict[str, tuple[int, PoolUse]]] = {}  # PoolID -> host -> use
@@ -196,6 +206,7 @@ class View:
         self.loaded = threading.Event()  # the first list has been read
         self.on_lease: Callable[[str, Entry], None] = lambda key, entry: None
         self.on_pools: Callable[[], None] = lambda: None
+        self.on_wanted: Callable[[], None] = lambda: None
         self.on_went_back: Callable[[int, int], None] = lambda before, now: None
 
     # ------------------------------------------------------------------------------------ being fed
@@ -223,6 +234,7 @@ class View:
             self._segments, self._hosts, self._pools, self._forbidden = {}, {}, {}, {}
             self._unreadable_hosts.clear()
             self._history.clear()
+            self._alive, self._wanted = {}, {}
             for (name, version), numbers in pending.items():
                 self._segment(name).families[version].pending = numbers
             for key, value, key_revision in values:
@@ -240,10 +252,11 @@ class View:
 
     def apply(self, events: Iterable[tuple[str, bytes | None, int]], revision: int) -> None:
         """Changes in the order of their revisions, as (key, value or None when deleted, revision)."""
-        pools = False
+        pools = wanted = False
         with self._changed:
             for key, value, key_revision in events:
                 pools |= key.startswith(self._keys.pools)
+                wanted |= key.startswith(self._keys.wanted)
                 self._apply(key, value, key_revision)
                 if key.startswith(self._keys.hosts):
                     self._read_hosts()
@@ -251,6 +264,8 @@ class View:
             self._changed.notify_all()
         if pools:
             self.on_pools()
+        if wanted:
+            self.on_wanted()
 
     def learn(self, key: str, value: bytes | None, revision: int) -> None:
         """What a transaction of this daemon wrote or found. The watch will say it again.
@@ -276,6 +291,18 @@ class View:
             self._apply_settings(key.removeprefix(keys.segments), value, revision)
         elif key.startswith(keys.pools):
             self._apply_pool(key, value, revision)
+        elif key.startswith(keys.alive):
+            name = key.removeprefix(keys.alive)
+            if value is None:
+                self._alive.pop(name, None)
+            else:
+                self._alive[name] = revision
+        elif key.startswith(keys.wanted):
+            pool_id, _, host = key.removeprefix(keys.wanted).rpartition("/")
+            if value is None:
+                self._wanted.pop(key, None)
+            else:
+                self._wanted[key] = (revision, pool_id, host)
         elif key.startswith(keys.hosts):
             name = key.removeprefix(keys.hosts)
             if name in self._hosts and revision < self._hosts[name][0]:
@@ -348,6 +375,11 @@ class View:
         if freed is not None:
             # Freed by a host whose clock is ahead, it still rests no longer than the cooldown.
             now = self._now()
+            if past[0].mac and past[0].kind == ENDPOINT:
+                self._ended_macs[past[0].mac] = min(freed, now)
+                self._ended_macs.move_to_end(past[0].mac)
+                while len(self._ended_macs) > ENDED_MACS:
+                    self._ended_macs.popitem(last=False)
             until = min(freed, now) + self._cooldown(segment)
             if until > now:
                 self._segment(segment).families[address.version].rest(int(address), until)
@@ -394,6 +426,7 @@ class View:
                     families = numbers.setdefault(segment, {4: AddressSet(), 6: AddressSet()})
                     families[address.version].add(int(address))
         self._host_numbers = numbers
+        self._host_macs = frozenset(each.mac for _, host in self._hosts.values() for each in host.addresses if each.mac)
         self._generation += 1
 
     def _numbers_of_hosts(self, segment: str, version: int) -> list[AddressSet]:
@@ -564,10 +597,126 @@ class View:
         """Whether an operator declared that the address moves between machines (keepalived)."""
         return any(parse_range(text).contains(address) for text in self.settings(segment).value.moving)
 
+    # ------------------------------------------------------------------------------ the wire and standby
+
+    def host_macs(self) -> frozenset[str]:
+        """The MACs of all registered hosts' interfaces that carry an address."""
+        return self._host_macs
+
+    def is_ours(self, mac: str) -> bool:
+        """A registered host's MAC, or one of a lease that ended a moment ago."""
+        if mac in self._host_macs:
+            return True
+        with self._changed:
+            return self._ended_macs.get(mac, 0.0) + ENDED_LATELY > self._now()
+
+    def peers(self, segment: str, subnet: Network, host: str) -> list[Address]:
+        """The machines of the register that should be on this LAN, besides `host`: routers first, then living hosts."""
+        found = [each for each in self.routers(segment) if each in subnet]
+        with self._changed:
+            for name, (_, record) in self._hosts.items():
+                if name == host or name not in self._alive or (record.segments and segment not in record.segments):
+                    continue
+                for each in record.addresses:
+                    with contextlib.suppress(ValueError):
+                        address = parse_address(each.address)
+                        if address in subnet:
+                            found.append(address)
+        return found
+
+    def of_kind(self, kind: str, host: str = "") -> list[tuple[str, Address, Entry]]:
+        """The leases of a kind, of one host or of all, as (segment, address, entry)."""
+        with self._changed:
+            return [
+                (name, address_of(version, number), family.entries[number])
+                for name, segment in self._segments.items()
+                for version, family in segment.families.items()
+                for first, last in family.kinds.get(kind, AddressSet())
+                for number in range(first, last + 1)
+                if not host or family.entries[number].host == host
+            ]
+
+    def fill(self, pool: Pool) -> float:
+        """Which part of the pool's addresses cannot be given, standby not counted: 0.0 to 1.0."""
+        where = pool.candidates
+        with self._changed:
+            family = self._segment(pool.segment).families[where.version]
+            forbidden = self._forbidden_in(pool)
+            usable = where.size() - forbidden.count(where.first, where.last)
+            standby = family.kinds.get(STANDBY, AddressSet()).count(where.first, where.last)
+            both = sum(family.taken.count(first, last) for first, last in forbidden)
+            taken = family.taken.count(where.first, where.last) - both
+            return 1.0 if usable <= 0 else (taken - standby) / usable
+
+    def wanted_of(self, pool: Pool, host: str) -> bool:
+        """Whether another host asks for standby in this pool's range."""
+        where = pool.candidates
+        with self._changed:
+            asking = {pool_id for _, pool_id, name in self._wanted.values() if name != host}
+        for pool_id in asking:
+            with contextlib.suppress(Refused):
+                other = Pool.parse(pool_id)
+                theirs = other.candidates
+                if (
+                    (other.segment, theirs.version) == (pool.segment, where.version)
+                    and theirs.first <= where.last
+                    and where.first <= theirs.last
+                ):
+                    return True
+        return False
+
+    def standby_in(self, pool: Pool) -> list[tuple[Address, Entry]]:
+        """Everybody's standby in the pool's range."""
+        where = pool.candidates
+        return [
+            (address, entry)
+            for segment, address, entry in self.of_kind(STANDBY)
+            if segment == pool.segment and where.contains(address)
+        ]
+
+    def unused(self, pool: Pool, count: int, but: Address) -> list[Address]:
+        """Some addresses of the subnet that the register knows nothing of, spread over it: nobody should have them."""
+        usable = usable_range(pool.subnet)
+        found: set[int] = set()
+        with self._changed:
+            family = self._segment(pool.segment).families[usable.version]
+            forbidden = self._forbidden_in(pool)
+            for _ in range(POINTS * count):
+                point = usable.first + self._draw(pool, usable.size())
+                if point not in family.avoid and point not in family.pending and point not in forbidden:
+                    found.add(point)
+                found.discard(int(but))
+                if len(found) == count:
+                    break
+        return [address_of(usable.version, number) for number in found]
+
+    def has_free(self, pool: Pool) -> bool:
+        """Whether some address of the pool may be tried."""
+        with self._changed:
+            return self._next(pool, self._segment(pool.segment).families[pool.subnet.version]) is not None
+
+    def skip(self, segment: str, address: Address, seconds: float) -> None:
+        """Do not choose the address for a while, as long as there are others."""
+        with self._changed:
+            self._segment(segment).families[address.version].rest(int(address), self._now() + seconds)
+
+    def is_alive(self, host: str) -> bool:
+        return host in self._alive
+
     def wait_for(self, revision: int, deadline: float) -> bool:
         """Until the view has everything up to the revision. False when the deadline (monotonic seconds) passes."""
         with self._changed:
             return self._changed.wait_for(lambda: self.revision >= revision, max(0.0, deadline - time.monotonic()))
+
+    def wait_until(self, condition: Callable[[], bool], deadline: float) -> bool:
+        """Until the condition holds, which may depend on more than the view. False when the deadline passes."""
+        with self._changed:
+            while not condition():
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                self._changed.wait(min(TICK, left))
+            return True
 
     def wait_for_change(self, deadline: float) -> None:
         with self._changed:

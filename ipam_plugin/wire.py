@@ -47,6 +47,7 @@ LISTENING_REST = 0.02  # seconds between two looks, so that a busy LAN wakes the
 HEARD_LATELY = 30.0  # seconds for which a machine that was heard shows that the wire lives (design section 7)
 ASKED_AT_ONCE = 16  # peers that are asked whether the wire lives
 ASKED_AGAIN = 0.25  # seconds
+ECHO_AGAIN = 0.5  # seconds between two echo requests to all nodes
 REOPEN_FIRST, REOPEN_LAST = 0.05, 1.0  # seconds between tries to open an interface again, doubling
 
 
@@ -62,7 +63,12 @@ class Sighting:
 
 @dataclass(frozen=True)
 class Silent:
-    """Nobody answered all the probes. It says nothing on a wire that is dead: see `Wire.alive`."""
+    """Nobody answered all the probes. It says nothing on a wire that is dead: see `Wire.alive`.
+
+    `ignored` is the MAC of a machine that did answer and was not to be believed, '' if there was none.
+    """
+
+    ignored: str = ""
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,7 @@ def require_capability(interface: str = "") -> None:
     except PermissionError:
         raise ProbeFailed(
             f"cannot look at the wire{f' on {interface}' if interface else ''}: raw sockets need the capability "
-            "CAP_NET_RAW, which this process does not have (systemd: AmbientCapabilities=CAP_NET_RAW)"
+            "CAP_NET_RAW, which this process does not have (root has it; systemd: AmbientCapabilities=CAP_NET_RAW)"
         ) from None
 
 
@@ -221,21 +227,35 @@ class Wire:
         with self._lock:
             return self._sockets.mac() if self._sockets else ""
 
+    @property
+    def hears_own(self) -> bool:
+        """Whether this host's own containers are heard on the interface: on a bridge; not on a macvlan's parent."""
+        return (_NET / self.interface / "bridge").exists()
+
     def probe(
         self,
         address: Address,
         times: Times,
         *,
         deadline: float,
+        ignored: Collection[str] = (),
         uniform: Callable[[float, float], float] = random.uniform,
     ) -> Outcome:
         """Whether a machine of the LAN uses the address: ARP probes (RFC 5227) or DAD (RFC 4862).
 
-        Ends early with the first answer. No cache of the LAN is changed by it. `uniform` draws the time
-        between two probes.
+        Ends early with the first answer of a machine whose MAC is not in `ignored`. No cache of the LAN is changed
+        by it. `uniform` draws the time between two probes.
         """
         own = {self.mac, *self._own_macs()}
-        with self._asked([address], lambda claim: not (claim.how.probing and claim.mac in own)) as question:
+        passed_over: list[str] = []
+
+        def counts(claim: Claim) -> bool:
+            if claim.mac in ignored:
+                passed_over.append(claim.mac)
+                return False
+            return not (claim.how.probing and claim.mac in own)
+
+        with self._asked([address], counts) as question:
             before = self._evidence()
             if isinstance(before, Failed):
                 return before
@@ -258,7 +278,7 @@ class Wire:
                 return after if isinstance(after, Failed) else Failed(unread)
             if before != after:
                 return Failed(f"{self.interface} was disturbed meanwhile ({after.differs(before)})")
-            return Silent()
+            return Silent(passed_over[0] if passed_over else "")
 
     def alive(self, peers: Sequence[Address], *, deadline: float) -> str:
         """'' when silence on this interface means something; otherwise why not, as a clause.
@@ -299,6 +319,92 @@ class Wire:
             f"{HEARD_LATELY:g} s or answered now ({names})"
         )
 
+    def ask(self, address: Address, source: Address | None = None) -> str:
+        """Asks for an address once, in this interface's own name as any machine does before it talks to another.
+
+        Who answers is heard (`on_heard`, `answers`). `source` is this interface's own address to ask with (or
+        0.0.0.0); None: it is looked for, which costs milliseconds. Returns '', or why it could not be sent.
+        """
+        mac = self.mac or packets.NO_MAC  # without sockets it cannot be sent anyway
+        if isinstance(address, IPv4Address) and isinstance(source, IPv4Address):
+            frame = packets.arp_request(address, source, mac)
+        elif isinstance(address, IPv6Address) and isinstance(source, IPv6Address):
+            frame = packets.nd_solicitation(address, source, mac)
+        else:
+            try:
+                own = [one for one in interfaces.addresses() if one.interface == self.interface and not one.tentative]
+            except OSError:
+                own = []
+            frame = _request_frame(address, own, mac)
+        return self._send(frame, time.monotonic() + 1)
+
+    @contextlib.contextmanager
+    def answers(self, asked: Collection[Address], hear: Callable[[Claim], object]) -> Iterator[None]:
+        """While it lasts, `hear` is told what machines say about these addresses, in any thread, also in a flood.
+
+        The latter as long as no more than CHOSEN are asked for at a time, by everybody together.
+        """
+
+        def never_enough(claim: Claim) -> bool:
+            hear(claim)
+            return False
+
+        with self._asked(asked, never_enough, join=False):
+            try:
+                yield
+            finally:
+                self._take_answers()
+
+    def watched(self) -> Callable[[], str]:
+        """From now on: says when called what has disturbed the wire meanwhile, as a clause; '' for nothing.
+
+        Whoever was asked and is silent may have answered all the same when the wire was disturbed.
+        """
+        before = self._evidence()
+
+        def disturbed() -> str:
+            after = self._evidence()
+            if isinstance(before, Failed):
+                return before.reason
+            if isinstance(after, Failed):
+                return after.reason
+            return "" if before == after else f"{self.interface} was disturbed meanwhile ({after.differs(before)})"
+
+        return disturbed
+
+    def ask_all_nodes(self, source: IPv6Address, hear: Callable[[IPv6Address], object], *, deadline: float) -> str:
+        """Asks all IPv6 machines to show themselves: an echo request to ff02::1 (RFC 4443 section 4.1).
+
+        Whoever answers does so from that address of its own that fits `source`, this interface's own address, best;
+        until the deadline `hear` is told. Many keep quiet (Windows; Linux with icmp.echo_ignore_multicast). Returns
+        '', or why it could not be asked.
+        """
+        identity = os.urandom(2)
+        try:
+            with socket.socket(socket.AF_INET6, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.IPPROTO_ICMPV6) as echo:
+                # struct icmp6_filter (RFC 3542 section 3.2): a bit for each type, which is kept out by a one.
+                refused = [0xFFFFFFFF] * 8
+                refused[_ECHO_REPLY // 32] ^= 1 << _ECHO_REPLY % 32
+                echo.setsockopt(socket.IPPROTO_ICMPV6, _ICMP6_FILTER, struct.pack("=8I", *refused))
+                echo.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, self.interface.encode())
+                echo.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
+                echo.bind((str(source), 0))
+                to = (str(packets.ALL_NODES), 0, 0, _index(self.interface))
+                asked = 0.0
+                while (now := time.monotonic()) < deadline:
+                    if now - asked >= ECHO_AGAIN:
+                        # The kernel fills in the checksum.
+                        echo.sendto(struct.pack("!BBH2sH", _ECHO_REQUEST, 0, 0, identity, 0), to)
+                        asked = now
+                    echo.settimeout(max(0.001, min(asked + ECHO_AGAIN, deadline) - now))
+                    with contextlib.suppress(TimeoutError):
+                        reply, sender = echo.recvfrom(_LONGEST)
+                        if reply[:1] == bytes((_ECHO_REPLY,)) and reply[4:6] == identity:
+                            hear(IPv6Address(sender[0].partition("%")[0]))
+        except OSError as error:
+            return self._why(error)
+        return ""
+
     def announce(self, address: Address, mac: str) -> str:
         """Tells the LAN once that `mac` uses the address now. Returns '', or why it could not be sent."""
         if isinstance(address, IPv4Address):
@@ -310,13 +416,15 @@ class Wire:
     # --- asking
 
     @contextlib.contextmanager
-    def _asked(self, asked: Iterable[Address], counts: Callable[[Claim], bool]) -> Iterator[_Question]:
-        """While it lasts, frames about these addresses reach the question."""
+    def _asked(
+        self, asked: Iterable[Address], counts: Callable[[Claim], bool], *, join: bool = True
+    ) -> Iterator[_Question]:
+        """While it lasts, frames about these addresses reach the question; `join`: also other machines' probes."""
         question = _Question(counts)
         targets = set(asked)
         with contextlib.ExitStack() as stack:
             for address in targets:
-                if isinstance(address, IPv6Address):
+                if join and isinstance(address, IPv6Address):
                     stack.enter_context(self._joined(packets.solicited_node(address)))
             # What still waits there answers an earlier question about the same address, from before its claim perhaps.
             self._take_answers()
@@ -580,6 +688,7 @@ _PACKET_ADD_MEMBERSHIP, _PACKET_STATISTICS, _PACKET_IGNORE_OUTGOING = 1, 6, 23
 _PACKET_MR_ALLMULTI = 2
 _SO_ATTACH_FILTER = 26
 _ARPHRD_ETHER = 1
+_ICMP6_FILTER, _ECHO_REQUEST, _ECHO_REPLY = 1, 128, 129  # linux/icmpv6.h
 _LONGEST = 2048  # bytes of a frame that are read; neighbour discovery with signatures (RFC 3971) is the longest
 _BUFFER = 512 * 1024
 

@@ -13,19 +13,25 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
 from fakes import FakeEtcd
-from ipam_plugin.addresses import parse_address
+from ipam_plugin.addresses import Address, parse_address
 from ipam_plugin.app import create_app
+from ipam_plugin.claims import Claims, Stock
 from ipam_plugin.etcd import Delete, Put
-from ipam_plugin.interfaces import InterfaceAddress
+from ipam_plugin.interfaces import InterfaceAddress, Link
+from ipam_plugin.ledger import Ledger
 from ipam_plugin.metrics import Metrics
 from ipam_plugin.model import Keys, Lease, decode
+from ipam_plugin.neighbourhood import Habits, Neighbourhood
+from ipam_plugin.packets import How
 from ipam_plugin.register import Register
+from ipam_plugin.standby import Keeper
 from ipam_plugin.view import Local, View
+from ipam_plugin.wire import Failed, InUse, Outcome, Sighting, Silent, Times, Wire
 
 PATIENCE = 10.0  # seconds after which a condition that should have come counts as missing
 GATEWAY = {"RequestAddressType": "com.docker.network.gateway"}
@@ -58,6 +64,97 @@ def nic(cidr: str, interface: str = "eth0", mac: str = "02:00:00:00:00:02") -> I
     return InterfaceAddress(parsed.ip, parsed.network.prefixlen, interface, mac, bridge=False, up=True)
 
 
+NOT_ASKED = Habits(probe="off")  # the register alone decides
+
+
+class FakeLan:
+    """The machines that nobody registered, as every host's wire finds them. Silence takes no time here.
+
+    `machines` are the addresses that are answered, and by which MAC; `proxy` is one that answers for all others.
+    `dead` is why silence proves nothing. What a test says with `talk`, every listener hears.
+    """
+
+    def __init__(self) -> None:
+        self.machines: dict[str, str] = {}
+        self.proxy = ""
+        self.dead = ""
+        self.failed = ""
+        self.probed: list[Address] = []
+        self.announced: list[tuple[Address, str]] = []
+        self.asked: list[Address] = []
+        self.before_answer: Callable[[Address], None] = lambda address: None
+        self._wires: list[FakeWire] = []
+
+    def open(self, interface: str, on_heard: Callable[[Sighting], object], **_: Any) -> Wire:
+        self._wires.append(FakeWire(self, interface, on_heard))
+        return self._wires[-1]
+
+    def talk(self, address: str, mac: str, how: How = How.ARP_ANNOUNCEMENT) -> None:
+        for each in self._wires:
+            each.say(Sighting(parse_address(address), mac, how, time.monotonic()))
+
+
+class FakeWire(Wire):
+    """One host's ears on a FakeLan. No socket is opened."""
+
+    def __init__(self, lan: FakeLan, interface: str, on_heard: Callable[[Sighting], object]) -> None:
+        super().__init__(interface, on_heard)
+        self._lan = lan
+        self.say = on_heard
+
+    hears_own = True
+    mac = "02:00:00:00:00:01"
+
+    def start(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def probe(
+        self,
+        address: Address,
+        times: Times,
+        *,
+        deadline: float,
+        ignored: Collection[str] = (),
+        uniform: Callable[[float, float], float] = lambda least, most: least,
+    ) -> Outcome:
+        self._lan.probed.append(address)
+        self._lan.before_answer(address)
+        if self._lan.failed:
+            return Failed(self._lan.failed)
+        answers = [mac for mac in (self._lan.machines.get(str(address), ""), self._lan.proxy) if mac]
+        believed = [mac for mac in answers if mac not in ignored]
+        return InUse(believed[0], How.ARP_REPLY) if believed else Silent(answers[0] if answers else "")
+
+    def alive(self, peers: Sequence[Address], *, deadline: float) -> str:
+        return self._lan.dead
+
+    def ask(self, address: Address) -> str:
+        self._lan.asked.append(address)
+        return ""
+
+    def announce(self, address: Address, mac: str) -> str:
+        self._lan.announced.append((address, mac))
+        return ""
+
+
+class _Kernel:
+    """interfaces.py, with what the test says that the host carries."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def addresses(self, deadline: float | None = None) -> list[InterfaceAddress]:
+        return list(self._host.carried)
+
+    def links(self, deadline: float | None = None) -> list[Link]:
+        names = dict.fromkeys(each.interface for each in self._host.carried)
+        return [
+            Link(number, name, "02:00:00:00:00:01", "bridge", carrier=True, up=True, loopback=False, master="")
+            for number, name in enumerate(names, 2)
+        ]
+
+
 class Reply(NamedTuple):
     status: int
     body: dict[str, Any]
@@ -88,14 +185,44 @@ class Host:
         segment: str = "default",
         local: Callable[[str], Local] = lambda segment: Local(cooldown=0.0),
         time_limit: float = PATIENCE,
+        habits: Habits = NOT_ASKED,
+        wire: FakeLan | None = None,
     ) -> None:
         self.etcd = etcd
         self.name = name
         self.carried = list(carried)
         self.alarms: list[tuple[str, str]] = []
         self.view = View(KEYS, name, local)
+        self.ledger = Ledger(etcd, self.view, KEYS, name)
+        self.neighbourhood = Neighbourhood(
+            self.view,
+            name,
+            lambda segment: habits,
+            _Kernel(self),
+            alarm=lambda kind, text: self.alarms.append((kind, text)),
+            open_wire=(wire or FakeLan()).open,
+        )
+        self.stock = Stock()
+        self.claims = Claims(
+            self.ledger, self.view, KEYS, name, self.neighbourhood, self.stock, vendor_of=lambda mac: ""
+        )
+        self.keeper = Keeper(
+            self.claims,
+            self.stock,
+            self.ledger,
+            self.view,
+            KEYS,
+            name,
+            self.neighbourhood,
+            alarm=lambda kind, text: self.alarms.append((kind, text)),
+        )
+        self.neighbourhood.on_heard = self.keeper.heard
+        self.claims.on_taken = self.keeper.wake
+        self.view.on_wanted = self.keeper.wake
+        self.view.on_pools = self.keeper.wake
         self.register = Register(
-            etcd,
+            self.ledger,
+            self.claims,
             self.view,
             KEYS,
             name,
@@ -103,6 +230,7 @@ class Host:
             segments=lambda: {segment, *self.view.segments_of(name)},
             carried=lambda deadline: list(self.carried),
             alarm=lambda kind, text: self.alarms.append((kind, text)),
+            on_given=self.keeper.given,
         )
         self.metrics = Metrics()
         self.app = create_app(self.register, self._serving, time_limit=time_limit, metrics=self.metrics)
@@ -141,7 +269,14 @@ class Host:
     def free_orphans(self) -> None:
         """Start the thread that takes back what refused requests left behind."""
         self._threads.append(
-            threading.Thread(target=self.register.free_orphans, args=(self._stop,), name=f"orphans of {self.name}")
+            threading.Thread(target=self.ledger.free_orphans, args=(self._stop,), name=f"orphans of {self.name}")
+        )
+        self._threads[-1].start()
+
+    def keep(self) -> None:
+        """Start the keeper of standby."""
+        self._threads.append(
+            threading.Thread(target=self.keeper.run, args=(self._stop,), name=f"keeper of {self.name}")
         )
         self._threads[-1].start()
 
@@ -154,11 +289,13 @@ class Host:
     def stop(self) -> None:
         self._stop.set()
         self._gate.set()
-        self.register.stop_freeing_orphans()
+        self.ledger.stop_freeing_orphans()
+        self.keeper.close()
         self.etcd.set_down(self.etcd.down)  # wakes the watch
         for each in self._threads:
             each.join(PATIENCE)
             assert not each.is_alive(), f"thread {each.name} does not end"
+        self.neighbourhood.close()
 
     # ---- what Docker says
 

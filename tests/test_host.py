@@ -19,11 +19,15 @@ from hypothesis import strategies as st
 
 from fakes import FakeEtcd, Fault
 from ipam_plugin import host as host_module
+from ipam_plugin import interfaces
+from ipam_plugin.claims import Claims, Stock
 from ipam_plugin.errors import ConfigError, NotServing
 from ipam_plugin.etcd import Delete, KeyValue, Put
 from ipam_plugin.host import HEARTBEAT, Predecessor, Presence, StateDir, host_name, predecessor
 from ipam_plugin.interfaces import InterfaceAddress
+from ipam_plugin.ledger import Ledger
 from ipam_plugin.model import ENDPOINT, HOST, NAME, Alive, History, Host, Keys, Lease, decode, encode
+from ipam_plugin.neighbourhood import Habits, Neighbourhood
 from ipam_plugin.protocol import RequestAddress, RequestPool
 from ipam_plugin.register import Register
 from ipam_plugin.view import View
@@ -188,8 +192,13 @@ class Node:
             carried=lambda deadline: self.carried,
             time_limit=0.5,
         )
+        ledger = Ledger(etcd, self.view, KEYS, name)
+        neighbourhood = Neighbourhood(
+            self.view, name, lambda segment: Habits(probe="off"), interfaces, alarm=self.presence.alarm
+        )
         self.register = Register(
-            etcd,
+            ledger,
+            Claims(ledger, self.view, KEYS, name, neighbourhood, Stock(), vendor_of=lambda mac: ""),
             self.view,
             KEYS,
             name,

@@ -1,0 +1,548 @@
+"""Addresses that nobody on the LAN uses: claimed in etcd first, looked for on the wire then, given last.
+
+Only in this order does silence prove anything: once the address is this host's in etcd, no other host begins to use
+it between the look and the answer to Docker. A claim is a lease of kind `standby`. It is handed out (one
+transaction), given back, or, when a stranger answers, becomes a `conflict` that every host skips.
+
+Docker asks for one address after another under the network's lock, so what can be claimed and looked at ahead of
+need is in the stock (filled by standby.py), and a request takes it from there.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from ipam_plugin import decisions
+from ipam_plugin.addresses import Address
+from ipam_plugin.decisions import Claim, Decision
+from ipam_plugin.errors import AddressTaken, IpamError, OutcomeUnknown, PoolExhausted, ProbeFailed, Refused
+from ipam_plugin.etcd import Delete, Put
+from ipam_plugin.ledger import Ledger
+from ipam_plugin.model import CONFLICT, STANDBY, Keys, Lease, Pool, encode, read_lease
+from ipam_plugin.neighbourhood import Look, Neighbourhood, Verdict
+from ipam_plugin.view import View
+
+log = logging.getLogger(__name__)
+
+FRESH = 100.0  # seconds for which a look counts; the stock is looked at again every 60 s, and a look takes a while
+OURS_FOR = 120.0  # seconds for which an address is left alone that answered though it is none of a stranger's
+WANTED_GRACE = 5  # seconds that a `wanted` key may outlive the request that wrote it
+
+
+class Slot(NamedTuple):
+    """A claimed address: this host's in etcd, and nobody's yet."""
+
+    pool: Pool
+    address: Address
+    revision: int  # of its lease
+    token: str
+    looked: float  # when the wire was asked last, monotonic seconds
+    unproven: str = ""  # why that look proved nothing
+
+
+class Stock:
+    """The claims of this host, ready or in somebody's hands. Memory only; safe between threads.
+
+    What is in etcd and not here is left over: an earlier run's, or one whose handing out was cut off.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._ready: dict[str, Slot] = {}  # by token
+        self._in_hand: dict[str, str] = {}  # token -> PoolID
+        self._closing: set[str] = set()  # PoolIDs that are being released
+
+    def hold(self, token: str, pool: Pool) -> None:
+        """Somebody works with the claim of this token."""
+        with self._lock:
+            self._in_hand[token] = pool.id
+
+    def let_go(self, token: str) -> None:
+        with self._lock:
+            self._in_hand.pop(token, None)
+
+    def knows(self, token: str) -> bool:
+        with self._lock:
+            return token in self._ready or token in self._in_hand
+
+    def put(self, slot: Slot) -> bool:
+        """Ready to be taken; no longer in hand. False when its pool is being released: it has to go."""
+        with self._lock:
+            if slot.pool.id in self._closing:
+                return False
+            self._in_hand.pop(slot.token, None)
+            self._ready[slot.token] = slot
+            return True
+
+    def replace(self, before: Slot, after: Slot) -> None:
+        """Looked at again, unless it was taken meanwhile."""
+        with self._lock:
+            if self._ready.get(before.token) == before:
+                self._ready[before.token] = after
+
+    def take(self, pool: Pool) -> Slot | None:
+        """The one of this pool looked at last, if that was lately; it is in the caller's hands then."""
+        return self._take(lambda slot: slot.pool.id == pool.id, fresh=True)
+
+    def take_any(self, pool: Pool) -> Slot | None:
+        """Any of the range, however long ago it was looked at: for a pool in which nothing else is left."""
+        return self._take(
+            lambda slot: slot.pool.segment == pool.segment and pool.candidates.contains(slot.address), fresh=False
+        )
+
+    def take_address(self, segment: str, address: Address) -> Slot | None:
+        """The one with this address, if it was looked at lately."""
+        return self._take(lambda slot: (slot.pool.segment, slot.address) == (segment, address), fresh=True)
+
+    def take_this(self, slot: Slot) -> Slot | None:
+        """This very one, if nobody else took it."""
+        return self._take(lambda each: each.token == slot.token, fresh=False)
+
+    def _take(self, fits: Callable[[Slot], bool], *, fresh: bool) -> Slot | None:
+        oldest = time.monotonic() - FRESH if fresh else -math.inf
+        with self._lock:
+            found = [slot for slot in self._ready.values() if slot.looked > oldest and fits(slot)]
+            if not found:
+                return None
+            slot = max(found, key=lambda each: each.looked)
+            del self._ready[slot.token]
+            self._in_hand[slot.token] = slot.pool.id
+            return slot
+
+    def of(self, pool_id: str) -> list[Slot]:
+        with self._lock:
+            return [slot for slot in self._ready.values() if slot.pool.id == pool_id]
+
+    def counts(self) -> dict[str, int]:
+        """How many are ready, by PoolID."""
+        with self._lock:
+            return dict(collections.Counter(slot.pool.id for slot in self._ready.values()))
+
+    def all(self) -> list[Slot]:
+        with self._lock:
+            return list(self._ready.values())
+
+    def has_any(self, pool: Pool) -> bool:
+        """Whether one of the pool's range is ready, of whichever network."""
+        with self._lock:
+            return any(
+                slot.pool.segment == pool.segment and pool.candidates.contains(slot.address)
+                for slot in self._ready.values()
+            )
+
+    def is_closing(self, pool_id: str) -> bool:
+        with self._lock:
+            return pool_id in self._closing
+
+    def close(self, pool_id: str) -> list[str]:
+        """Nothing of this pool is kept any more. Returns the tokens of all its claims."""
+        with self._lock:
+            self._closing.add(pool_id)
+            ready = [slot.token for slot in self._ready.values() if slot.pool.id == pool_id]
+            for token in ready:
+                del self._ready[token]
+            return ready + [token for token, of in self._in_hand.items() if of == pool_id]
+
+    def reopen(self, pool_id: str) -> None:
+        with self._lock:
+            self._closing.discard(pool_id)
+
+
+class Claims:
+    """Claims addresses for this host and asks the wire for them. Deadlines are of time.monotonic(), seconds.
+
+    Every method may be called from any thread, and raises the errors of errors.py. A claim that a failed method leaves
+    behind in etcd is nobody's in the stock, where the keeper finds it (standby.py).
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        view: View,
+        keys: Keys,
+        host: str,
+        neighbourhood: Neighbourhood,
+        stock: Stock,
+        *,
+        vendor_of: Callable[[str], str],
+    ) -> None:
+        self._ledger = ledger
+        self._view = view
+        self._keys = keys
+        self._host = host
+        self._neighbourhood = neighbourhood
+        self._stock = stock
+        self._vendor_of = vendor_of
+        self._lock = threading.Lock()
+        self._wanting: dict[str, int] = {}  # PoolID -> requests that wait for standby of other hosts
+        self.conflicts = 0  # written
+        self.unproven = 0  # handed out although the look proved nothing
+        self.on_taken: Callable[[], None] = lambda: None  # the stock has less than before
+
+    def asks_the_wire(self, pool: Pool) -> bool:
+        return self._neighbourhood.is_asked(pool)
+
+    # -------------------------------------------------------------------------------- for a request
+
+    def silent(self, pool: Pool, deadline: float) -> Slot:
+        """An address that nobody uses: from the stock, or the next free one, looked at now.
+
+        Where nothing is free, standby of this host's other networks and of other hosts is asked for. Raises
+        PoolExhausted when there is none either, ProbeFailed when the wire proves nothing and the policy is to refuse.
+        """
+        slot = self._stock.take(pool)
+        while slot is None:
+            try:
+                slot = self.find(pool, deadline)
+            except PoolExhausted as full:
+                spare = self._stock.take_any(pool)
+                if spare is not None:
+                    slot = self.look_again(spare, deadline)
+                else:
+                    self._wait_for_standby(pool, full, deadline)
+        return slot
+
+    def this(
+        self, pool: Pool, address: Address, decide: Callable[[Lease | None, Claim], Decision], deadline: float
+    ) -> Slot:
+        """The address that was asked for by name, looked at now. `decide` words the claim, or refuses it."""
+        slot = self._stock.take_address(pool.segment, address)
+        if slot is not None:
+            return slot
+        slot, before = self._claim_this(pool, address, decide, deadline)
+        looked = self._looked_at(slot, deadline, before=before)
+        if isinstance(looked, Slot):
+            return looked
+        who = f"a machine that is none of ours{self._made_by(looked.mac)}"
+        if looked.verdict is Verdict.OURS:
+            who = "a Docker host, or a container that has just ended"
+        raise AddressTaken(
+            f"{address} of pool {pool} is in use on the wire: MAC {looked.mac} answers there ({who}); take another"
+            " address, or find that machine"
+        )
+
+    def hand_out(self, pool: Pool, slot: Slot, lease_of: Callable[[Lease, Claim], Decision], deadline: float) -> bool:
+        """One transaction makes a lease of the claim. False when the address was lost, or may not be given any more."""
+        key = self._keys.lease(pool.segment, slot.address)
+        while True:
+            settings = self._ledger.settings(pool.segment)
+            if self._view.forbids(pool.segment, slot.address) or any(
+                each.contains(slot.address) for each in pool.exclude
+            ):
+                self.give_back(slot, deadline)
+                return False
+            claim = self._ledger.claim(pool, slot.address)
+            lease = lease_of(Lease(kind=STANDBY, host=self._host, token=slot.token), claim)
+            assert isinstance(lease, Lease)
+            try:
+                commit = self._ledger.grant(claim, lease, slot.revision, settings, deadline)
+            except OutcomeUnknown:
+                # Not given again until it is settled: where it is still standby, the keeper writes it anew.
+                self._stock.let_go(slot.token)
+                raise
+            except IpamError:
+                if not self._stock.put(slot):
+                    self._stock.let_go(slot.token)
+                raise
+            if commit.applied:
+                self._stock.let_go(slot.token)
+                self._handed_out(pool, slot)
+                return True
+            there = commit.found[key]
+            if there is None or read_lease(there.value).token != slot.token:
+                self._stock.let_go(slot.token)  # an operator took it
+                return False
+            slot = slot._replace(revision=there.revision)
+
+    def _handed_out(self, pool: Pool, slot: Slot) -> None:
+        if slot.unproven:
+            self.unproven += 1
+            log.warning(
+                "%s of pool %s is given although the wire could not be heard: %s", slot.address, pool, slot.unproven
+            )
+        self.on_taken()
+
+    def answering(self, pool: Pool, address: Address, deadline: float) -> Look:
+        """Who answers for an address that is not going to be claimed."""
+        if not self.asks_the_wire(pool) or isinstance(self._neighbourhood.wire_of(pool, deadline), str):
+            # Where no interface carries the subnet Docker makes a bridge, and nobody is on that yet.
+            return Look(Verdict.UNKNOWN)
+        return self._neighbourhood.look(pool, address, deadline)
+
+    # --------------------------------------------------------------------------- claiming and looking
+
+    def find(self, pool: Pool, deadline: float, *, thorough: bool = False, purpose: str = "claim") -> Slot:
+        """Claim free addresses, one after another, until one is silent. Raises as `silent` does."""
+        answered: set[Address] = set()
+        while True:
+            slot = self._claim_next(pool, deadline, purpose)
+            looked = self._looked_at(slot, deadline, thorough=thorough)
+            if isinstance(looked, Slot):
+                return looked
+            if slot.address in answered:
+                raise AddressTaken(
+                    f"pool {pool}: what is free in it answers on the wire ({slot.address} from MAC {looked.mac}, of a"
+                    " Docker host or of a container that has just ended); try again in two minutes"
+                )
+            answered.add(slot.address)
+
+    def look_again(self, slot: Slot, deadline: float, *, thorough: bool = False) -> Slot | None:
+        """The slot with a fresh look, or None when the address is not to be had any more."""
+        looked = self._looked_at(slot, deadline, thorough=thorough)
+        return looked if isinstance(looked, Slot) else None
+
+    def _looked_at(
+        self, slot: Slot, deadline: float, *, thorough: bool = False, before: Lease | None = None
+    ) -> Slot | Look:
+        """The slot, silent or as unproven as the policy allows; or the answer that spoiled it, its claim settled.
+
+        `before`: the conflict that stood there, which comes back where nothing is proven against it.
+        """
+        try:
+            look = self._neighbourhood.look(slot.pool, slot.address, deadline, thorough=thorough)
+            if look.verdict is Verdict.FREE:
+                return slot._replace(looked=time.monotonic(), unproven="")
+            if look.verdict is Verdict.UNKNOWN:
+                if self._neighbourhood.habits(slot.pool).refuse:
+                    raise ProbeFailed(
+                        f"{slot.address} of pool {slot.pool} is not given, because the wire cannot be heard"
+                        f" (probe_failure: refuse): {look.reason}"
+                    )
+                return slot._replace(looked=time.monotonic(), unproven=look.reason)
+        except BaseException:
+            self._undo(slot, before)
+            raise
+        if look.verdict is Verdict.STRANGER:
+            self._becomes_conflict(slot, look.mac, deadline)
+        else:
+            self._view.skip(slot.pool.segment, slot.address, OURS_FOR)
+            self._undo(slot, before)
+        return look
+
+    def _claim_next(self, pool: Pool, deadline: float, purpose: str) -> Slot:
+        tried: list[str] = []
+
+        def lease_of(claim: Claim) -> Lease:
+            # In hand before it can be seen in etcd, where the keeper would take it for left over.
+            tried.append(claim.token)
+            self._stock.hold(claim.token, pool)
+            lease = decisions.claim_ahead(None, claim)
+            assert isinstance(lease, Lease)
+            return lease
+
+        won = ""
+        try:
+            granted = self._ledger.grant_next(pool, lease_of, deadline, purpose)
+            won = granted.claim.token
+        finally:
+            for token in tried:
+                if token != won:
+                    self._stock.let_go(token)
+        return Slot(pool, granted.claim.address, granted.revision, won, looked=-math.inf)
+
+    def _claim_this(
+        self, pool: Pool, address: Address, decide: Callable[[Lease | None, Claim], Decision], deadline: float
+    ) -> tuple[Slot, Lease | None]:
+        """The claim, and the conflict that it took the place of."""
+        key = self._keys.lease(pool.segment, address)
+        found = self._ledger.read(key, deadline)
+        while True:
+            settings = self._ledger.settings(pool.segment)
+            before = read_lease(found.value) if found else None
+            claim = self._ledger.claim(pool, address)
+            lease = decide(before, claim)
+            assert isinstance(lease, Lease)
+            self._stock.hold(claim.token, pool)
+            try:
+                revision = found.revision if found else 0
+                commit = self._ledger.grant(claim, lease, revision, settings, deadline, purpose="claim")
+            except BaseException:
+                self._stock.let_go(claim.token)
+                raise
+            if commit.applied:
+                slot = Slot(pool, address, commit.revision, claim.token, looked=-math.inf)
+                return slot, before if before and before.kind == CONFLICT else None
+            self._stock.let_go(claim.token)
+            found = commit.found[key]
+
+    def _becomes_conflict(self, slot: Slot, mac: str, deadline: float) -> None:
+        """Every host skips it from now on (design section 4)."""
+        claim = self._ledger.claim(slot.pool, slot.address)
+        lease = decisions.found_in_use(claim, mac, self._vendor_of(mac))
+        try:
+            if self._replace_claim(
+                slot, Put(self._keys.lease(slot.pool.segment, slot.address), encode(lease)), deadline
+            ):
+                self.conflicts += 1
+                log.warning("%s of segment %s is in use: %s", slot.address, slot.pool.segment, lease.told())
+        finally:
+            self._stock.let_go(slot.token)
+
+    def give_back(self, slot: Slot, deadline: float) -> None:
+        """The claim ends; nobody had the address, so nothing remembers it."""
+        try:
+            self._replace_claim(slot, Delete(self._keys.lease(slot.pool.segment, slot.address)), deadline)
+        finally:
+            self._stock.let_go(slot.token)
+
+    def _undo(self, slot: Slot, before: Lease | None) -> None:
+        key = self._keys.lease(slot.pool.segment, slot.address)
+        try:
+            self._replace_claim(slot, Put(key, encode(before)) if before else Delete(key), time.monotonic() + 2)
+        except IpamError as error:
+            log.info("%s stays claimed until the keeper of standby finds it: %s", slot.address, error)
+        finally:
+            self._stock.let_go(slot.token)
+
+    def _replace_claim(self, slot: Slot, write: Put | Delete, deadline: float) -> bool:
+        """Whether the claim stood there until this write."""
+        revision = slot.revision
+        while True:
+            commit = self._ledger.write("standby", {write.key: revision}, [write], deadline)
+            if commit.applied:
+                return True
+            there = commit.found[write.key]
+            if there is None or read_lease(there.value).token != slot.token:
+                return False
+            revision = there.revision
+
+    def _made_by(self, mac: str) -> str:
+        vendor = self._vendor_of(mac)
+        return f", made by {vendor}" if vendor else ""
+
+    # ----------------------------------------------------------------------------- shortage, and the end
+
+    def _wait_for_standby(self, pool: Pool, full: PoolExhausted, deadline: float) -> None:
+        """Until something of the pool is free or in stock. Raises PoolExhausted, naming who keeps what is not."""
+
+        def living() -> list[str]:
+            return [
+                entry.host
+                for _, entry in self._view.standby_in(pool)
+                if entry.host == self._host or self._view.is_alive(entry.host)
+            ]
+
+        if living():
+            with self._wanted(pool, deadline):
+                came = self._view.wait_until(
+                    lambda: self._view.has_free(pool) or self._stock.has_any(pool) or not living(), deadline
+                )
+            if came:
+                return
+        others = sorted({entry.host for _, entry in self._view.standby_in(pool)})
+        gone = [host for host in others if host != self._host and not self._view.is_alive(host)]
+        late = [host for host in others if host not in gone]
+        more = f"; standby of {', '.join(gone)}, which cannot be reached, stays taken" if gone else ""
+        more += f"; standby of {', '.join(late)} was asked for and did not come back in time" if late else ""
+        raise PoolExhausted(f"{full}{more}")
+
+    @contextmanager
+    def _wanted(self, pool: Pool, deadline: float) -> Iterator[None]:
+        """While it lasts, a key asks the other hosts for their standby in this pool's range."""
+        key = self._keys.want(pool, self._host)
+        with self._lock:
+            self._wanting[pool.id] = self._wanting.get(pool.id, 0) + 1
+        try:
+            seconds = math.ceil(max(0.0, deadline - time.monotonic())) + WANTED_GRACE
+            self._ledger.write_for(seconds, key, b"{}", deadline)
+            self.on_taken()
+            yield
+        finally:
+            with self._lock:
+                self._wanting[pool.id] -= 1
+                last = self._wanting[pool.id] == 0
+                if last:
+                    del self._wanting[pool.id]
+            if last:
+                try:
+                    self._ledger.write("wanted", {}, [Delete(key)], time.monotonic() + 2)
+                except IpamError as error:
+                    log.info("%s ends by itself: %s", key, error)
+
+    def is_wanted(self, pool: Pool) -> bool:
+        """Whether anybody waits for standby in this pool's range, a request of this host or another host's."""
+        with self._lock:
+            mine = pool.id in self._wanting
+        return mine or self._view.wanted_of(pool, self._host)
+
+    @contextmanager
+    def closed(self, pool: Pool, deadline: float) -> Iterator[None]:
+        """The last network of this pool goes: its claims are given back, and no more are made meanwhile."""
+        tokens = set(self._stock.close(pool.id))
+        try:
+            for _segment, address, entry in self._view.of_kind(STANDBY, self._host):
+                if entry.token in tokens:
+                    self.give_back(Slot(pool, address, entry.revision, entry.token, 0.0), deadline)
+            yield
+        finally:
+            self._stock.reopen(pool.id)
+
+    # ----------------------------------------------------------------------------- for the keeper
+
+    def adopt(self, segment: str, address: Address, token: str, deadline: float) -> Slot | None:
+        """Own standby that the stock does not know, with a lease written anew: whatever still hangs in etcd about the
+        old one compares a revision that is gone. It has not been looked at. None where it is given back, because its
+        pool is not used any more, or gone already.
+        """
+        key = self._keys.lease(segment, address)
+        found = self._ledger.read(key, deadline)
+        lease = read_lease(found.value) if found else None
+        if found is None or lease is None or (lease.kind, lease.host, lease.token) != (STANDBY, self._host, token):
+            return None
+        pool = self._pool_to_keep(lease.pool, segment, address)
+        if pool is None:
+            self._ledger.write("standby", {key: found.revision}, [Delete(key)], deadline)
+            return None
+        claim = self._ledger.claim(pool, address)
+        fresh = decisions.claim_ahead(None, claim)
+        assert isinstance(fresh, Lease)
+        self._stock.hold(claim.token, pool)
+        try:
+            settings = self._ledger.settings(segment)
+            commit = self._ledger.grant(claim, fresh, found.revision, settings, deadline, purpose="standby")
+        except BaseException:
+            self._stock.let_go(claim.token)
+            raise
+        if not commit.applied:
+            self._stock.let_go(claim.token)
+            return None
+        return Slot(pool, address, commit.revision, claim.token, looked=-math.inf)
+
+    def _pool_to_keep(self, pool_id: str, segment: str, address: Address) -> Pool | None:
+        """The pool for which an address can stay in standby."""
+        try:
+            pool = Pool.parse(pool_id)
+        except Refused:
+            return None
+        fits = (
+            self._view.uses(pool.id, self._host)
+            and not self._stock.is_closing(pool.id)
+            and self.asks_the_wire(pool)
+            and pool.segment == segment
+            and pool.candidates.contains(address)
+            and not self._view.forbids(segment, address)
+        )
+        return pool if fits else None
+
+    def end_probation(self, pool: Pool, address: Address, token: str, deadline: float) -> None:
+        """Ask for the stranger of a conflict again. Silent, the address is free; else its probation begins anew."""
+        look = self._neighbourhood.look(pool, address, deadline, thorough=True)
+        claim = self._ledger.claim(pool, address)
+        if look.verdict is Verdict.FREE:
+            self._ledger.change(
+                claim,
+                functools.partial(decisions.end_conflict, token=token),
+                deadline,
+                why="silent after its probation",
+            )
+        elif look.verdict is Verdict.STRANGER:
+            again = decisions.found_in_use(claim, look.mac, self._vendor_of(look.mac))
+            self._ledger.change(claim, functools.partial(decisions.renew_conflict, token=token, again=again), deadline)

@@ -1,0 +1,386 @@
+"""The ledger: leases written to etcd, each by one transaction that compares what was read.
+
+Promise P1 lives here: a lease is written only where the key of the address, and the settings of its segment, are
+still what they were when it was decided (decisions.py); where they are not, the decision is made again. So does P4:
+a write whose outcome is unknown is never taken for one that did not happen. register.py carries out Docker's
+requests with it, claims.py keeps addresses in standby with it.
+"""
+
+from __future__ import annotations
+
+import collections
+import datetime
+import logging
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+from ipam_plugin import decisions
+from ipam_plugin.addresses import Address
+from ipam_plugin.decisions import FREE, KEEP, Claim, Decision
+from ipam_plugin.errors import EtcdUnavailable, IpamError, OutcomeUnknown, PoolExhausted, Refused
+from ipam_plugin.etcd import Commit, Delete, KeyValue, Put
+from ipam_plugin.model import (
+    ENDPOINT,
+    History,
+    Keys,
+    Lease,
+    Pool,
+    decode,
+    encode,
+    read_lease,
+    remember,
+    rfc3339,
+)
+from ipam_plugin.view import Entry, Full, Settings, View
+
+log = logging.getLogger(__name__)
+
+
+class Transactions(Protocol):
+    """What the ledger needs of etcd. etcd.Etcd has it, and so has the fake of the tests."""
+
+    def get_many(self, keys: Sequence[str], *, deadline: float) -> tuple[Mapping[str, KeyValue | None], int]: ...
+
+    def commit(
+        self, expect: Mapping[str, int], writes: Sequence[Put | Delete], *, deadline: float, proof: str | None = None
+    ) -> Commit: ...
+    def grant_ttl(self, seconds: int, *, deadline: float) -> int: ...
+
+
+class _Abandoned(NamedTuple):
+    """A lease that is still in etcd, or may appear there, though its grant was refused or its release was asked for."""
+
+    claim: Claim
+    decide: Callable[[Lease | None, Claim], Decision]  # what has to become of it
+    end: float  # when it can be forgotten, monotonic seconds
+
+
+class Granted(NamedTuple):
+    """A lease that was written, and where."""
+
+    claim: Claim
+    lease: Lease
+    revision: int
+
+
+class Ledger:
+    """Writes the leases of one host. Deadlines are absolute, in seconds of time.monotonic().
+
+    Every method may be called from any thread and raises the errors of errors.py, of which any that may have written
+    is OutcomeUnknown.
+    """
+
+    def __init__(self, etcd: Transactions, view: View, keys: Keys, host: str) -> None:
+        self._etcd = etcd
+        self._view = view
+        self._keys = keys
+        self._host = host
+        self._abandoned: dict[str, _Abandoned] = {}  # by token
+        self._barrier = threading.Lock()  # for the next two
+        self._barrier_began = 0.0  # monotonic seconds
+        self._barrier_revision = 0
+        self._orphans: queue.SimpleQueue[tuple[str, Entry] | None] = queue.SimpleQueue()
+        self.transactions: collections.Counter[str] = collections.Counter()  # by what they were for
+        self.lost_races = 0
+        view.on_lease = self._saw_lease
+
+    # ------------------------------------------------------------------------------------- one lease
+
+    def claim(self, pool: Pool, address: Address) -> Claim:
+        return Claim(self._host, pool, address, timestamp(), secrets.token_urlsafe(12))
+
+    def change(
+        self,
+        claim: Claim,
+        decide: Callable[[Lease | None, Claim], Decision],
+        deadline: float,
+        why: str = "",
+        unchanged: Mapping[str, int] | None = None,
+    ) -> bool:
+        """Read the lease, decide, write; again when the transaction found another one.
+
+        False, and nothing was written, when a key of `unchanged` had another revision.
+        """
+        key = self._keys.lease(claim.pool.segment, claim.address)
+        past_key = self._keys.past(claim.pool.segment, claim.address)
+        unchanged = unchanged or {}
+        found, _ = self._etcd.get_many([key, past_key], deadline=deadline)
+        while True:
+            settings = self._view.settings(claim.pool.segment)
+            current = found[key]
+            lease = read_lease(current.value) if current else None
+            decision = decide(lease, claim)
+            if decision is KEEP:
+                return True
+            if decision is FREE:
+                assert current is not None
+                assert lease is not None
+                commit = self._free(claim, current, lease, found.get(past_key), why, unchanged, deadline)
+                if commit.applied or commit.found[key] is None:
+                    if lease.kind == ENDPOINT and lease.token:
+                        # A try of its grant that got stuck may come through yet, now that the key is free.
+                        ended = claim._replace(token=lease.token)
+                        self._abandoned[lease.token] = _Abandoned(ended, decisions.without_orphan, _in_an_hour())
+                    return True
+            else:
+                assert isinstance(decision, Lease)
+                revision = current.revision if current else 0
+                commit = self.grant(claim, decision, revision, settings, deadline, unchanged)
+                if commit.applied:
+                    return True
+            for each, expected in unchanged.items():
+                there = commit.found[each]
+                if (there.revision if there else 0) != expected:
+                    return False
+            found = {past_key: found.get(past_key), **commit.found}
+            claim = self.claim(claim.pool, claim.address)  # the token of this try may have been abandoned
+
+    def settings(self, segment: str) -> Settings:
+        """The segment's settings, taken before anything is decided with them: a grant compares their revision."""
+        settings = self._view.settings(segment)
+        if settings.error:
+            raise Refused(
+                f"the settings of segment {segment} cannot be read, so nothing is given out in it: mend the etcd key"
+                f" {self._keys.segment(segment)} ({settings.error})"
+            )
+        return settings
+
+    def grant(
+        self,
+        claim: Claim,
+        lease: Lease,
+        revision: int,
+        settings: Settings,
+        deadline: float,
+        unchanged: Mapping[str, int] | None = None,
+        purpose: str = "grant",
+    ) -> Commit:
+        """One transaction: the lease as it was read, and the segment's settings as they were read."""
+        key = self._keys.lease(claim.pool.segment, claim.address)
+        expect = {key: revision, self._keys.segment(claim.pool.segment): settings.revision, **(unchanged or {})}
+        # An orphan is what was granted for a request and is not there anyway: not one holder more or less in a
+        # lease that others share, and never the lease of an address that an interface of this host carries.
+        # (That one names the interface; to ask the kernel here could fail, and hide that the outcome is unknown.)
+        may_be_orphan = lease.token == claim.token and (
+            lease.kind == ENDPOINT or bool(lease.holders and not lease.interface)
+        )
+        try:
+            commit = self.write(purpose, expect, [Put(key, encode(lease))], deadline, proof=key)
+        except OutcomeUnknown:
+            if may_be_orphan:
+                self.abandon(key, claim)
+            raise
+        there = commit.found.get(key)
+        if not commit.applied and there and lease.token == claim.token == read_lease(there.value).token:
+            # An earlier try was applied, and somebody has changed the lease since (filled in a name): it is ours.
+            return commit._replace(applied=True, revision=there.revision)
+        if commit.uncertain and may_be_orphan:
+            # Not ours now, but an earlier try may be written yet, should the address become free.
+            self.abandon(key, claim)
+        return commit
+
+    def _free(
+        self,
+        claim: Claim,
+        current: KeyValue,
+        lease: Lease,
+        past: KeyValue | None,
+        why: str,
+        unchanged: Mapping[str, int],
+        deadline: float,
+    ) -> Commit:
+        """Delete the lease at the revision that was read, and remember its holder, in one transaction."""
+        history = remember(_history(past), lease, why, datetime.datetime.now(datetime.UTC))
+        past_key = self._keys.past(claim.pool.segment, claim.address)
+        return self.write(
+            "free",
+            {current.key: current.revision, past_key: past.revision if past else 0, **unchanged},
+            # In this order the view knows that the address rests before it sees it free.
+            [Put(past_key, encode(history)), Delete(current.key)],
+            deadline,
+        )
+
+    def write(
+        self,
+        purpose: str,
+        expect: Mapping[str, int],
+        writes: Sequence[Put | Delete],
+        deadline: float,
+        proof: str | None = None,
+    ) -> Commit:
+        """The one place that writes. The view learns what was written or found."""
+        self.transactions[purpose] += 1
+        commit = self._etcd.commit(expect, writes, deadline=deadline, proof=proof)
+        if commit.applied:
+            for write in writes:
+                self._view.learn(write.key, write.value if isinstance(write, Put) else None, commit.revision)
+        else:
+            for key, found in commit.found.items():
+                self._view.learn(key, found.value if found else None, found.revision if found else commit.revision)
+        return commit
+
+    def write_for(self, seconds: int, key: str, value: bytes, deadline: float) -> None:
+        """A key that vanishes by itself: never one that says an address is taken (design section 4)."""
+        lease = self._etcd.grant_ttl(seconds, deadline=deadline)
+        self._etcd.commit({}, [Put(key, value, lease)], deadline=deadline)
+
+    def read(self, key: str, deadline: float) -> KeyValue | None:
+        found, _ = self._etcd.get_many([key], deadline=deadline)
+        return found[key]
+
+    # ---------------------------------------------------------------------------- the next free address
+
+    def grant_next(
+        self, pool: Pool, lease_of: Callable[[Claim], Lease], deadline: float, purpose: str = "grant"
+    ) -> Granted:
+        """A lease, as `lease_of` words it, for the next free address of the pool.
+
+        Raises PoolExhausted once the view is known to have missed nothing.
+        """
+        caught_up = False
+        while True:
+            settings = self.settings(pool.segment)
+            with self._view.candidate(pool) as address:
+                if not isinstance(address, Full):
+                    claim = self.claim(pool, address)
+                    lease = lease_of(claim)
+                    commit = self.grant(claim, lease, 0, settings, deadline, purpose=purpose)
+                    if commit.applied:
+                        return Granted(claim, lease, commit.revision)
+                    self.lost_races += 1
+                    self._view.lost_race(pool)
+                    continue
+            if address.pending:
+                # Other requests of this daemon are trying the last addresses; one of them may leave one.
+                if time.monotonic() >= deadline:
+                    raise EtcdUnavailable(f"pool {pool}: the last free addresses were not settled in time")
+                self._view.wait_for_change(deadline)
+            elif not caught_up:
+                self._catch_up(pool, deadline)
+                caught_up = True
+            else:
+                raise PoolExhausted(f"pool {pool} is full: {address.counts}")
+
+    def _catch_up(self, pool: Pool, deadline: float) -> None:
+        """Until the view has all that was written before now.
+
+        The barrier is a write of our own under the watched prefix: its event comes after all earlier ones. (A
+        progress notification that is asked for can overtake events, etcd#15220.)
+        """
+        since = time.monotonic()
+        late = EtcdUnavailable(f"pool {pool}: what etcd last wrote did not arrive in time; try again")
+        # One barrier serves all who asked before it began: with one each, they would undo one another's.
+        if not self._barrier.acquire(timeout=max(0.0, deadline - since)):
+            raise late
+        try:
+            if self._barrier_began < since:
+                began = time.monotonic()
+                self._barrier_revision = self._write_barrier(pool, deadline)
+                self._barrier_began = began
+            revision = self._barrier_revision
+        finally:
+            self._barrier.release()
+        if not self._view.wait_for(revision, deadline):
+            raise late
+
+    def _write_barrier(self, pool: Pool, deadline: float) -> int:
+        """What stands in the pool's key, written once more."""
+        key = self._keys.pool(pool, self._host)
+        while True:
+            found = self.read(key, deadline)
+            if found is None:
+                raise EtcdUnavailable(f"pool {pool}: its key in etcd has just been deleted; try again")
+            commit = self.write("barrier", {key: found.revision}, [Put(key, found.value)], deadline)
+            if commit.applied:
+                return commit.revision
+
+    # ---------------------------------- grants whose outcome is not known, releases that did not reach etcd
+
+    def is_abandoned(self, token: str) -> bool:
+        """Whether the lease with this token was given back, or never handed out: only etcd does not know yet."""
+        return token in self._abandoned
+
+    def abandon(
+        self, key: str, claim: Claim, decide: Callable[[Lease | None, Claim], Decision] = decisions.without_orphan
+    ) -> None:
+        """A lease that has to go, and is in etcd or may appear there yet: it goes when it is seen (P4)."""
+        # A release is tried until it is done; a grant that nobody answered for cannot appear for ever.
+        end = _in_an_hour() if decide is decisions.without_orphan else float("inf")
+        self._abandoned[claim.token] = _Abandoned(claim, decide, end)
+        log.warning("%s may stand in etcd though nobody has it; it is taken back as soon as that can be done", key)
+        self._orphans.put((key, Entry("", self._host, claim.token, 0)))
+
+    def _saw_lease(self, key: str, entry: Entry) -> None:
+        if entry.token in self._abandoned:
+            self._orphans.put((key, entry))
+
+    def free_orphans(self, stop: threading.Event) -> None:
+        """For a thread of its own: delete the leases of abandoned tokens, as long as it takes."""
+        waiting: list[tuple[str, Entry]] = []
+        while not stop.is_set():
+            try:
+                item = self._orphans.get(timeout=2.0 if waiting else 60.0)
+                if item is None:
+                    return
+                waiting.append(item)
+            except queue.Empty:
+                now = time.monotonic()
+                # A copy, because requests add to it meanwhile.
+                for token in [token for token, each in list(self._abandoned.items()) if each.end < now]:
+                    del self._abandoned[token]
+            waiting = [each for each in waiting if not self._free_orphan(*each)]
+
+    def stop_freeing_orphans(self) -> None:
+        self._orphans.put(None)
+
+    def _forget_release(self, token: str) -> None:
+        """It is done, and from now on like any ended grant's: a stuck try may bring it back, for a while."""
+        known = self._abandoned.get(token)
+        if known is not None and known.end == float("inf"):
+            self._abandoned[token] = known._replace(decide=decisions.without_orphan, end=_in_an_hour())
+
+    def _free_orphan(self, key: str, entry: Entry) -> bool:
+        """Whether nothing is left to do for now."""
+        abandoned = self._abandoned.get(entry.token)
+        if abandoned is None:
+            return True
+        try:
+            found = self.read(key, time.monotonic() + 5)
+            lease = read_lease(found.value) if found else None
+            if found is None or lease is None or lease.token != entry.token:
+                self._forget_release(entry.token)
+                return True
+            rest = abandoned.decide(lease, abandoned.claim)
+            write = Delete(key) if rest is FREE else Put(key, encode(rest)) if isinstance(rest, Lease) else None
+            if write and not self.write("orphan", {key: found.revision}, [write], time.monotonic() + 5).applied:
+                return False
+            if rest is not FREE:
+                # Others have joined it and keep its token, which is no orphan's from now on.
+                self._abandoned.pop(entry.token, None)
+            self._forget_release(entry.token)
+        except IpamError as error:
+            log.info("the abandoned lease %s is not taken back yet: %s", key, error)
+            return False
+        log.warning("the abandoned lease %s was taken back", key)
+        return True
+
+
+def _in_an_hour() -> float:
+    """Much longer than a paused etcd leader holds a transaction: ten seconds were seen."""
+    return time.monotonic() + 3600
+
+
+def _history(past: KeyValue | None) -> History:
+    try:
+        return decode(past.value, History) if past else History()
+    except ValueError:
+        return History()
+
+
+def timestamp() -> str:
+    """This moment as it stands in etcd."""
+    return rfc3339(datetime.datetime.now(datetime.UTC))
