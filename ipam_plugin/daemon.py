@@ -205,7 +205,7 @@ class Daemon:
         self._run("orphans", lambda: self._ledger.free_orphans(self._stop))
         self._run("keeper", self._keep)
         self._run("ready", self._report_ready)
-        self._watcher = interfaces.Watcher(self._presence.changed)
+        self._watcher = interfaces.Watcher(self._interfaces_changed)
         self._watcher.start()
         self._stop_metrics = self._metrics.listen(self._config.metrics.listen)
 
@@ -219,10 +219,10 @@ class Daemon:
         if self._watcher is not None:
             self._watcher.stop()
         self._stop_metrics()
+        self._neighbourhood.close()
         self._presence.leave()
         for thread in self._threads:
             thread.join(3)
-        self._neighbourhood.close()
         self._etcd.close()
         if self._embedded is not None:
             self._embedded.stop()
@@ -240,6 +240,10 @@ class Daemon:
         thread = threading.Thread(target=again_and_again, name=name, daemon=True)
         self._threads.append(thread)
         thread.start()
+
+    def _interfaces_changed(self) -> None:
+        self._presence.changed()
+        self._keeper.interfaces_changed()
 
     def _pools_changed(self) -> None:
         self._presence.changed()

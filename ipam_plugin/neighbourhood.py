@@ -7,13 +7,15 @@ whose MACs are no stranger's, and when one machine answers for everything (proxy
 from __future__ import annotations
 
 import enum
+import functools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-from ipam_plugin.addresses import Address
+from ipam_plugin.addresses import Address, Network
 from ipam_plugin.errors import ProbeFailed
 from ipam_plugin.interfaces import InterfaceAddress, Link
 from ipam_plugin.model import Pool
@@ -28,6 +30,7 @@ MARGIN = 0.2  # seconds of a deadline that are kept for what follows a look
 # Further addresses that nobody should have: a machine that answers for these as well (three in a row, design
 # section 7) answers for everything. They are drawn from the whole subnet, since a server may well have three in a row.
 CONTROLS = 2
+CARRIER_FOR = 5.0  # seconds for which the interface of a subnet stays known, unless the interfaces change
 KERNEL_PATIENCE = 5.0  # seconds; the kernel may hold its lock for so long while it takes down a large namespace
 
 
@@ -64,7 +67,8 @@ class Interfaces(Protocol):
 class Neighbourhood:
     """The wires of this host. Every method may be called from any thread; deadlines are of time.monotonic().
 
-    `habits(segment)` is what the configuration says. `on_heard` is called in the listeners' threads. `open_wire` takes
+    `habits(segment)` is what the configuration says. `on_heard` is called with a
+    segment in the listeners' threads. `open_wire` takes
     what Wire takes.
     """
 
@@ -89,8 +93,10 @@ class Neighbourhood:
         self._closed_to_us: set[str] = set()  # interfaces that could not be listened to
         self._proxies: dict[str, set[str]] = {}  # interface -> the MACs that answer there for everything
         self._dead: dict[str, tuple[float, str]] = {}  # interface -> until when it counts as dead, and why
+        self._carriers: dict[tuple[Network, str], tuple[float, str | NoInterface]] = {}  # by subnet and named interface
+        self._listening: dict[str, list[Pool]] = {}  # interface -> whose LAN it is
         self._closed = False
-        self.on_heard: Callable[[Sighting], None] = lambda sighting: None
+        self.on_heard: Callable[[str, Sighting], None] = lambda segment, sighting: None
         self.results: dict[str, int] = {verdict.name.lower(): 0 for verdict in Verdict}
 
     def habits(self, pool: Pool) -> Habits:
@@ -188,12 +194,25 @@ class Neighbourhood:
         end = time.monotonic() + KERNEL_PATIENCE
         end = end if deadline is None else min(end, deadline)
         try:
-            interface = find_interface(pool.subnet, self._interfaces.addresses(end), self._interfaces.links(end), named)
+            interface = self._carrier(pool.subnet, named, end)
             if isinstance(interface, NoInterface):
                 return interface.reason
             return self._wire(interface)
         except (OSError, ProbeFailed) as error:
             return str(error)
+
+    def _carrier(self, subnet: Network, named: str, deadline: float) -> str | NoInterface:
+        began = time.monotonic()
+        since, known = self._carriers.get((subnet, named), (-math.inf, ""))
+        if since + CARRIER_FOR > began:
+            return known
+        found = find_interface(subnet, self._interfaces.addresses(deadline), self._interfaces.links(deadline), named)
+        self._carriers[subnet, named] = began, found
+        return found
+
+    def interfaces_changed(self) -> None:
+        """Which one carries a subnet is looked up anew."""
+        self._carriers.clear()
 
     def _wire(self, interface: str) -> Wire:
         """Listens on the interface from now on. Raises ProbeFailed without the right to open raw sockets."""
@@ -203,7 +222,7 @@ class Neighbourhood:
                 return known
             if self._closed:
                 raise ProbeFailed("the daemon is stopping")
-            fresh = self._open_wire(interface, self._heard, own_macs=self._view.host_macs)
+            fresh = self._open_wire(interface, functools.partial(self._heard, interface), own_macs=self._view.host_macs)
             try:
                 fresh.start()
             except ProbeFailed:
@@ -213,17 +232,24 @@ class Neighbourhood:
             self._wires[interface] = fresh
             return fresh
 
-    def _heard(self, sighting: Sighting) -> None:
-        self.on_heard(sighting)
+    def _heard(self, interface: str, sighting: Sighting) -> None:
+        """Told once for each segment of that LAN: two LANs that never meet may use the same addresses."""
+        told = {pool.segment for pool in self._listening.get(interface, ()) if sighting.address in pool.subnet}
+        for segment in told:
+            self.on_heard(segment, sighting)
 
     def listen(self, pools: Collection[Pool]) -> None:
         """Listen where these pools' LANs are, and nowhere else any more (an interface that is gone, a pool)."""
-        found = [self.wire_of(pool) for pool in pools]
-        used = {each.interface for each in found if isinstance(each, Wire)}
+        found = [(pool, self.wire_of(pool)) for pool in pools]
+        listening: dict[str, list[Pool]] = {}
+        for pool, wire in found:
+            if isinstance(wire, Wire):
+                listening.setdefault(wire.interface, []).append(pool)
+        self._listening = listening
         with self._lock:
             # Where one cannot be told now, it may be the very one that looks idle.
-            sure = all(isinstance(each, Wire) for each in found)
-            idle = [self._wires.pop(name) for name in set(self._wires) - used] if sure else []
+            sure = all(isinstance(wire, Wire) for _, wire in found)
+            idle = [self._wires.pop(name) for name in set(self._wires) - set(listening)] if sure else []
         for each in idle:
             each.close()
 

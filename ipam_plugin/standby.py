@@ -29,6 +29,7 @@ from ipam_plugin.wire import Sighting
 log = logging.getLogger(__name__)
 
 PERIOD = 1.0  # seconds between two rounds when nothing happens
+LISTEN_AGAIN = 30.0  # seconds until it is looked again which interfaces are to be listened to
 LOOK_AGAIN = 60.0  # seconds after which the wire is asked again for an address in stock
 FULL_ENOUGH = 0.8  # over which part of a pool nobody keeps standby
 PATIENCE = 30.0  # seconds for claiming and looking at one address
@@ -111,7 +112,7 @@ class Keeper:
         self._looks = ThreadPoolExecutor(LOOKS_AT_ONCE, thread_name_prefix="look")
         self._checks = ThreadPoolExecutor(1, thread_name_prefix="check")
         self._room = threading.BoundedSemaphore(CHECKS_WAITING)
-        self._lock = threading.Lock()  # for the next four
+        self._lock = threading.Lock()  # for these
         self._filling: dict[str, int] = {}  # PoolID -> claims being looked at for the stock
         self._pause: dict[str, float] = {}  # PoolID -> not before, monotonic seconds
         self._busy: set[tuple[str, Address]] = set()  # with a task of their own
@@ -122,6 +123,7 @@ class Keeper:
         self._told = Recently(TOLD_FOR, 4 * REMEMBERED)
         self._alarmed = Recently(ALARMS_APART)
         self._conflicts: dict[tuple[str, Address, int], float] = {}  # with its revision -> when it is due, monotonic
+        self._listened = -math.inf  # monotonic seconds
         self._own_asked = time.monotonic()
         self._own_left: list[tuple[Pool, Address]] = []
 
@@ -129,14 +131,25 @@ class Keeper:
         """Something changed: look now."""
         self._wake.set()
 
+    def interfaces_changed(self) -> None:
+        self._neighbourhood.interfaces_changed()
+        self._listened = -math.inf
+        self._wake.set()
+
     def run(self, stop: threading.Event) -> None:
         """Until `stop` is set and `wake()` was called."""
         while not stop.is_set() and not self._stop.is_set():
             self._wake.clear()
-            self._pools = self._pools_now()
-            self._neighbourhood.listen(self._pools)
-            for pool in self._pools:
+            pools = self._pools_now()
+            if pools != self._pools or self._listened + LISTEN_AGAIN < time.monotonic():
+                self._listened = time.monotonic()
+                self._neighbourhood.listen(pools)
+                self._pools = pools
+            for pool in pools:
                 self._tend(pool)
+            for slot in self._stock.all():
+                if slot.pool not in pools:
+                    self._give_back(slot)
             self._adopt()
             self._end_probations()
             self._welcome()
@@ -197,6 +210,8 @@ class Keeper:
         """How many addresses of the pool should be ready."""
         usual = self._neighbourhood.habits(pool).standby
         if usual == 0 or self._stock.is_closing(pool.id) or self._claims.is_wanted(pool):
+            return 0
+        if not self._view.uses(pool.id, self._host):
             return 0
         counted, fill = self._fills.get(pool.id, (-math.inf, 0.0))
         now = time.monotonic()
@@ -285,29 +300,24 @@ class Keeper:
 
     # -------------------------------------------------------------------------------------- the wire
 
-    def heard(self, sighting: Sighting) -> None:
+    def heard(self, segment: str, sighting: Sighting) -> None:
         """A machine says that it uses an address, or wants to. In a listener's thread: nothing here waits."""
-        for pool in self._pools:
-            if sighting.address in pool.subnet:
-                break
-        else:
-            return
-        entry = self._view.entry(pool.segment, sighting.address)
+        entry = self._view.entry(segment, sighting.address)
         if entry is not None and entry.kind == ENDPOINT:
-            self._heard_newcomer(pool, sighting)
+            self._heard_newcomer(segment, sighting)
         if self._view.is_ours(sighting.mac):
             return
         if entry is None:
             # Only heard, it is no conflict: the address is left for later, as long as there are others.
-            if not sighting.how.probing and self._skipped.add((pool.segment, sighting.address)):
-                self._view.skip(pool.segment, sighting.address, SKIPPED_FOR)
+            if not sighting.how.probing and self._skipped.add((segment, sighting.address)):
+                self._view.skip(segment, sighting.address, SKIPPED_FOR)
         elif entry.kind == STANDBY and entry.host == self._host:
             # Also a machine that only asks whether it may use it: it will, since nobody answers.
             slot = next((each for each in self._stock.all() if each.token == entry.token), None)
             if slot is not None:
-                self._later(pool.segment, slot.address, functools.partial(self._suspect, slot))
+                self._later(segment, slot.address, functools.partial(self._suspect, slot))
         elif entry.kind in (ENDPOINT, HOST) and not sighting.how.probing:
-            self._check(pool.segment, sighting, entry.token)
+            self._check(segment, sighting, entry.token)
 
     def _check(self, segment: str, sighting: Sighting, token: str) -> None:
         what = (segment, sighting.address, sighting.mac, token)
@@ -368,18 +378,21 @@ class Keeper:
 
     def _end_probations(self) -> None:
         now = time.monotonic()
-        there: dict[tuple[str, Address, int], float] = {}
-        for segment, address, entry in self._view.of_kind(CONFLICT):
-            pool = next((each for each in self._pools if each.segment == segment and address in each.subnet), None)
-            if pool is None:
-                continue
-            known = (segment, address, entry.revision)
-            # Until its lease has been read, nothing is known of it but that it is there.
-            there[known] = self._conflicts.get(known, now)
-            if there[known] <= now:
-                there[known] = now + PROBATIONS_AGAIN
-                self._later(segment, address, functools.partial(self._probation, pool, address, known))
-        self._conflicts = there
+        due = []
+        with self._lock:
+            before, self._conflicts = self._conflicts, {}
+            for segment, address, entry in self._view.of_kind(CONFLICT):
+                pool = next((each for each in self._pools if each.segment == segment and address in each.subnet), None)
+                if pool is None:
+                    continue
+                known = (segment, address, entry.revision)
+                # Until its lease has been read, nothing is known of it but that it is there.
+                when = before.get(known, now)
+                if when <= now:
+                    due.append((pool, address, known))
+                self._conflicts[known] = when if when > now else now + PROBATIONS_AGAIN
+        for pool, address, known in due:
+            self._later(pool.segment, address, functools.partial(self._probation, pool, address, known))
 
     def _probation(self, pool: Pool, address: Address, known: tuple[str, Address, int]) -> None:
         found = self._ledger.read(self._keys.lease(pool.segment, address), time.monotonic() + PAUSE)
@@ -388,7 +401,7 @@ class Keeper:
             return
         left = (parse_time(lease.since) or 0.0) + self._neighbourhood.habits(pool).probation - time.time()
         if left > 0:
-            if known in self._conflicts:
+            with self._lock:
                 self._conflicts[known] = time.monotonic() + left
             return
         self._claims.end_probation(pool, address, lease.token, time.monotonic() + PATIENCE)
@@ -419,11 +432,11 @@ class Keeper:
             else:
                 wire.ask(address)
 
-    def _heard_newcomer(self, pool: Pool, sighting: Sighting) -> None:
+    def _heard_newcomer(self, segment: str, sighting: Sighting) -> None:
         with self._lock:
-            newcomer = self._newcomers.get((pool.segment, sighting.address))
+            newcomer = self._newcomers.get((segment, sighting.address))
         if newcomer is not None and newcomer.mac == sighting.mac:
-            self._submit(self._checks, functools.partial(self._announce, pool.segment, sighting.address, newcomer))
+            self._submit(self._checks, functools.partial(self._announce, segment, sighting.address, newcomer))
 
     def _announce(self, segment: str, address: Address, newcomer: _Newcomer) -> None:
         """Engines before 28 do not say that an address has moved, and caches keep the old MAC for minutes."""
