@@ -231,44 +231,45 @@ class Claims:
 
     def hand_out(self, pool: Pool, slot: Slot, lease_of: Callable[[Lease, Claim], Decision], deadline: float) -> bool:
         """One transaction makes a lease of the claim. False when the address was lost, or may not be given any more."""
+        try:
+            given = self._convert(pool, slot, lease_of, deadline)
+        except OutcomeUnknown:
+            # Not given again until it is settled: where it is still standby, the keeper writes it anew.
+            self._stock.let_go(slot.token)
+            raise
+        except BaseException:
+            # One that was asked for by name may lie where no request without a name finds it.
+            if not (slot.pool.candidates.contains(slot.address) and self._stock.put(slot)):
+                self._stock.let_go(slot.token)
+            raise
+        self._stock.let_go(slot.token)
+        if given:
+            if slot.unproven:
+                self.unproven += 1
+                log.warning(
+                    "%s of pool %s is given although the wire could not be heard: %s", slot.address, pool, slot.unproven
+                )
+            self.on_taken()
+        return given
+
+    def _convert(self, pool: Pool, slot: Slot, lease_of: Callable[[Lease, Claim], Decision], deadline: float) -> bool:
         key = self._keys.lease(pool.segment, slot.address)
         while True:
             settings = self._ledger.settings(pool.segment)
-            if self._view.forbids(pool.segment, slot.address) or any(
-                each.contains(slot.address) for each in pool.exclude
-            ):
+            excluded = any(each.contains(slot.address) for each in pool.exclude)
+            if excluded or self._view.forbids(pool.segment, slot.address):
                 self.give_back(slot, deadline)
                 return False
             claim = self._ledger.claim(pool, slot.address)
             lease = lease_of(Lease(kind=STANDBY, host=self._host, token=slot.token), claim)
             assert isinstance(lease, Lease)
-            try:
-                commit = self._ledger.grant(claim, lease, slot.revision, settings, deadline)
-            except OutcomeUnknown:
-                # Not given again until it is settled: where it is still standby, the keeper writes it anew.
-                self._stock.let_go(slot.token)
-                raise
-            except IpamError:
-                if not self._stock.put(slot):
-                    self._stock.let_go(slot.token)
-                raise
+            commit = self._ledger.grant(claim, lease, slot.revision, settings, deadline)
             if commit.applied:
-                self._stock.let_go(slot.token)
-                self._handed_out(pool, slot)
                 return True
             there = commit.found[key]
             if there is None or read_lease(there.value).token != slot.token:
-                self._stock.let_go(slot.token)  # an operator took it
-                return False
+                return False  # an operator took it
             slot = slot._replace(revision=there.revision)
-
-    def _handed_out(self, pool: Pool, slot: Slot) -> None:
-        if slot.unproven:
-            self.unproven += 1
-            log.warning(
-                "%s of pool %s is given although the wire could not be heard: %s", slot.address, pool, slot.unproven
-            )
-        self.on_taken()
 
     def answering(self, pool: Pool, address: Address, deadline: float) -> Look:
         """Who answers for an address that is not going to be claimed."""
