@@ -94,9 +94,7 @@ class Stock:
 
     def take_any(self, pool: Pool) -> Slot | None:
         """Any of the range, however long ago it was looked at: for a pool in which nothing else is left."""
-        return self._take(
-            lambda slot: slot.pool.segment == pool.segment and pool.candidates.contains(slot.address), fresh=False
-        )
+        return self._take(lambda slot: _fits(pool, slot), fresh=False)
 
     def take_address(self, segment: str, address: Address) -> Slot | None:
         """The one with this address, if it was looked at lately."""
@@ -133,10 +131,7 @@ class Stock:
     def has_any(self, pool: Pool) -> bool:
         """Whether one of the pool's range is ready, of whichever network."""
         with self._lock:
-            return any(
-                slot.pool.segment == pool.segment and pool.candidates.contains(slot.address)
-                for slot in self._ready.values()
-            )
+            return any(_fits(pool, slot) for slot in self._ready.values())
 
     def is_closing(self, pool_id: str) -> bool:
         with self._lock:
@@ -154,6 +149,15 @@ class Stock:
     def reopen(self, pool_id: str) -> None:
         with self._lock:
             self._closing.discard(pool_id)
+
+
+def _fits(pool: Pool, slot: Slot) -> bool:
+    """Whether a container of this pool could have the slot's address, for whichever pool it was claimed."""
+    return (
+        slot.pool.segment == pool.segment
+        and pool.candidates.contains(slot.address)
+        and not any(each.contains(slot.address) for each in pool.exclude)
+    )
 
 
 class Claims:

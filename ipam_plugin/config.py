@@ -202,6 +202,7 @@ _listen_leaf = _Leaf("ADDRESS:PORT, or '' for none", _listen)
 _standby = _whole(0, 64)
 _cooldown = _duration("0s", "7d")
 _hold = _duration("0s", "30d")
+_probation = _duration("1m", "365d")
 _probe = _choice("full", "fast", "off")
 _probe_failure = _choice("warn", "refuse")
 
@@ -274,6 +275,7 @@ class SegmentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     standby: Annotated[int | None, _standby] = None
     cooldown: Annotated[float | None, _cooldown] = None
     hold: Annotated[float | None, _hold] = None
+    probation: Annotated[float | None, _probation] = None
 
 
 class DockerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -311,6 +313,7 @@ class SegmentSettings(msgspec.Struct, frozen=True, kw_only=True):
     standby: int
     cooldown: float
     hold: float
+    probation: float
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -330,6 +333,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     standby: Annotated[int, _standby] = 2
     cooldown: Annotated[float, _cooldown] = 300.0
     hold: Annotated[float, _hold] = 0.0
+    probation: Annotated[float, _probation] = 86400.0
     deadline: Annotated[float, _duration("1s", "60s")] = 15.0
     boot_wait: Annotated[float, _duration("0s", "90s")] = 60.0
     retire_after: Annotated[float | None, _duration("10m", "3650d", off=True)] = None
@@ -350,6 +354,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             standby=self.standby if own.standby is None else own.standby,
             cooldown=self.cooldown if own.cooldown is None else own.cooldown,
             hold=self.hold if own.hold is None else own.hold,
+            probation=self.probation if own.probation is None else own.probation,
         )
 
 

@@ -17,7 +17,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
@@ -70,15 +70,18 @@ def install(root: str = "/", executable: str | None = None, start: bool = True) 
     return list(_install(target, command, start))
 
 
-def uninstall(root: str = "/") -> list[str]:
+def uninstall(root: str = "/", give_back: Callable[[], Iterable[str]] = tuple) -> list[str]:
     """Takes back exactly what `install` put, and says in lines what it did and what it left, and why.
 
     Files that were changed since stay; so does the state directory with what the daemon wrote (the host's
-    name, an embedded etcd's data), and then also the user it belongs to. Raises Refused.
+    name, an embedded etcd's data), and then also the user it belongs to. `give_back` gives back what this host
+    keeps in the register for its daemon alone, and says so in lines; it is called when the service has ended,
+    while its configuration is still there, and not for the root directory of another system. Raises Refused.
     """
     if os.geteuid() != 0:
         raise Refused("uninstall removes files of /etc, /usr/local and /var/lib, and only root may; try sudo")
-    return list(_uninstall(_Root(root)))
+    target = _Root(root)
+    return list(_uninstall(target, give_back if target.live else tuple))
 
 
 def check_readable(files: Mapping[str, str]) -> None:
@@ -225,7 +228,7 @@ def _install(target: _Root, command: str, start: bool) -> Iterator[str]:
         yield f"systemd does not run here; type: systemctl daemon-reload && systemctl enable --now {' '.join(UNITS)}"
 
 
-def _uninstall(target: _Root) -> Iterator[str]:
+def _uninstall(target: _Root, give_back: Callable[[], Iterable[str]]) -> Iterator[str]:
     manifest = target.read_manifest()
     if manifest == Manifest():
         yield "nothing to do: install put nothing here"
@@ -236,6 +239,7 @@ def _uninstall(target: _Root) -> Iterator[str]:
         yield f"{' and '.join(units)} stopped and disabled"
         # systemd made it for the socket, and takes back the socket alone.
         _remove_empty(target.path(RUN_DIR))
+    yield from give_back()
     for path in reversed(_FILES):
         recorded = manifest.files.pop(path, None)
         if recorded is None or not target.path(path).exists():

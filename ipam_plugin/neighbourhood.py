@@ -138,10 +138,8 @@ class Neighbourhood:
                 raise late
             return Look(Verdict.UNKNOWN, reason=outcome.reason)
         if isinstance(outcome, InUse):
-            if self._view.is_ours(outcome.mac):
-                return Look(Verdict.OURS, outcome.mac)
             if not self._answers_for_everything(wire, pool, address, outcome.mac, deadline):
-                return Look(Verdict.STRANGER, outcome.mac)
+                return Look(Verdict.OURS if self._view.is_ours(outcome.mac) else Verdict.STRANGER, outcome.mac)
             # Behind it, others answer for themselves.
             return self._ask(wire, pool, address, deadline, thorough)
         if outcome.ignored:

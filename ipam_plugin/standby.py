@@ -47,7 +47,6 @@ ALARMS_APART = 10.0  # seconds between two alarms about one address
 UNPROVEN_AGAIN = 10.0  # seconds until the wire is asked again for an address about which it said nothing
 NEWCOMERS = 1024
 NEWCOMER_PATIENCE = 30.0  # seconds for a container to come up
-UNHEARD_AFTER = 3.0  # seconds after which a container that cannot be heard from its host (macvlan) counts as up
 
 
 class Recently:
@@ -222,7 +221,7 @@ class Keeper:
 
     def _tend(self, pool: Pool) -> None:
         goal = self._goal(pool)
-        ready = self._stock.of(pool.id)
+        ready = [slot for slot in self._stock.of(pool.id) if not self._is_lost(slot)]
         for slot in ready[goal:]:
             self._give_back(slot)
         now = time.monotonic()
@@ -237,9 +236,19 @@ class Keeper:
         for _ in range(missing):
             self._submit(self._looks, functools.partial(self._fill, pool))
 
+    def _is_lost(self, slot: Slot) -> bool:
+        """Whether its lease is not the slot's any more: an operator took it, or a network of this host's by name."""
+        entry = self._view.entry(slot.pool.segment, slot.address)
+        if entry is not None and entry.token == slot.token:
+            return False
+        if self._stock.take_this(slot) is not None:
+            self._stock.let_go(slot.token)
+        return True
+
     def _fill(self, pool: Pool) -> None:
         try:
-            if not self._stop.is_set() and self._goal(pool) > 0:
+            # To be sure that nothing is free costs a write to etcd; a request pays it, the keeper need not.
+            if not self._stop.is_set() and self._goal(pool) > 0 and self._view.has_free(pool):
                 self._keep(self._claims.find(pool, time.monotonic() + PATIENCE, thorough=True, purpose="standby"))
         except (IpamError, OSError) as error:
             with self._lock:
@@ -277,13 +286,20 @@ class Keeper:
             self._stock.replace(slot, slot._replace(looked=time.monotonic(), unproven=look.reason))
 
     def _suspect(self, slot: Slot) -> None:
-        """Somebody may use it: nobody gets it until the wire was asked thoroughly."""
+        """Somebody may use it: from now on nobody gets it until the wire was asked thoroughly."""
         taken = self._stock.take_this(slot)
-        if taken is None:
-            return
-        fresh = self._claims.look_again(taken, time.monotonic() + PATIENCE, thorough=True)
-        if fresh is not None:
-            self._keep(fresh)
+        if taken is not None and not self._submit(self._looks, functools.partial(self._settle, taken)):
+            self._stock.let_go(taken.token)
+
+    def _settle(self, taken: Slot) -> None:
+        try:
+            fresh = self._claims.look_again(taken, time.monotonic() + PATIENCE, thorough=True)
+            if fresh is not None:
+                self._keep(fresh)
+        except IpamError as error:
+            log.info("standby %s of pool %s: %s", taken.address, taken.pool, error)
+        except Exception:
+            log.exception("standby %s of pool %s", taken.address, taken.pool)
 
     def _adopt(self) -> None:
         """Standby of this host that the stock does not know: an earlier run's, or one whose handing out was cut off."""
@@ -315,7 +331,7 @@ class Keeper:
             # Also a machine that only asks whether it may use it: it will, since nobody answers.
             slot = next((each for each in self._stock.all() if each.token == entry.token), None)
             if slot is not None:
-                self._later(segment, slot.address, functools.partial(self._suspect, slot))
+                self._suspect(slot)
         elif entry.kind in (ENDPOINT, HOST) and not sighting.how.probing:
             self._check(segment, sighting, entry.token)
 
@@ -417,7 +433,11 @@ class Keeper:
                     self._newcomers.popitem(last=False)
 
     def _welcome(self) -> None:
-        """Ask for those who are not up yet, so that they are heard when they are."""
+        """Ask for those who are not up yet, so that they are heard when they are.
+
+        On macvlan and ipvlan they cannot be heard from here, and nothing is announced: an ipvlan's container talks with
+        its host's MAC, not with the one that the engine named.
+        """
         now = time.monotonic()
         with self._lock:
             waiting = list(self._newcomers.items())
@@ -427,8 +447,6 @@ class Keeper:
             wire = self._neighbourhood.wire_of(newcomer.pool)
             if gone or isinstance(wire, str) or now - newcomer.since > NEWCOMER_PATIENCE:
                 self._forget_newcomer(segment, address, newcomer)
-            elif not wire.hears_own and now - newcomer.since > UNHEARD_AFTER:
-                self._announce(segment, address, newcomer)
             else:
                 wire.ask(address)
 

@@ -151,6 +151,7 @@ class _Family:
             self.avoid.discard(number)
 
     def rest(self, number: int, until: float) -> None:
+        until = max(until, self.resting.get(number, until))
         self.resting[number] = until
         heapq.heappush(self.rest_ends, (until, number))
         self.avoid.add(number)
@@ -666,13 +667,15 @@ class View:
         return False
 
     def standby_in(self, pool: Pool) -> list[tuple[Address, Entry]]:
-        """Everybody's standby in the pool's range."""
+        """Everybody's standby that a container of this pool could have."""
         where = pool.candidates
-        return [
-            (address, entry)
-            for segment, address, entry in self.of_kind(STANDBY)
-            if segment == pool.segment and where.contains(address)
-        ]
+        with self._changed:
+            forbidden = self._forbidden_in(pool)
+            return [
+                (address, entry)
+                for segment, address, entry in self.of_kind(STANDBY)
+                if segment == pool.segment and where.contains(address) and int(address) not in forbidden
+            ]
 
     def unused(self, pool: Pool, count: int, but: Address) -> list[Address]:
         """Some addresses of the subnet that the register knows nothing of, spread over it: nobody should have them."""

@@ -227,11 +227,6 @@ class Wire:
         with self._lock:
             return self._sockets.mac() if self._sockets else ""
 
-    @property
-    def hears_own(self) -> bool:
-        """Whether this host's own containers are heard on the interface: on a bridge; not on a macvlan's parent."""
-        return (_NET / self.interface / "bridge").exists()
-
     def probe(
         self,
         address: Address,

@@ -102,7 +102,6 @@ class FakeWire(Wire):
         self._lan = lan
         self.say = on_heard
 
-    hears_own = True
     mac = "02:00:00:00:00:01"
 
     def start(self) -> None: ...

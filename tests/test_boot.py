@@ -5,6 +5,8 @@ A service named docker.service that only asks the plugin stands for Docker; see 
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
 import shutil
 import site
@@ -22,6 +24,7 @@ from tests.lab import Lab
 
 pytestmark = pytest.mark.root
 
+CAP_NET_RAW = 13  # linux/capability.h
 COMMAND = """#!/usr/bin/python3 -I
 import sys
 sys.path.insert(0, "/opt/ipam-plugin/lib")
@@ -47,6 +50,16 @@ plugin = Plugin("plugin", timeout=30)
 plugin.request("POST", "/Plugin.Activate")
 print("answer:", plugin.getresponse().read().decode(), flush=True)
 time.sleep(100000)
+"""
+# What the daemon does with the wire: br0's port leads to a machine with these addresses, and then its cable is out.
+LOOK = """import sys, time
+sys.path.insert(0, "/opt/ipam-plugin/lib")
+from ipam_plugin.addresses import parse_address
+from ipam_plugin.wire import FAST, Wire
+with Wire("br0") as wire:
+    for address in sys.argv[1:]:
+        print(address, wire.probe(parse_address(address), FAST, deadline=time.monotonic() + 5))
+    print("alive:", wire.alive([], deadline=time.monotonic() + 5))
 """
 EMBEDDED = """[Service]
 ExecStart=
@@ -120,14 +133,55 @@ def test_the_socket_is_roots_alone(system: System) -> None:
     """Whoever may connect can give away and take any address; the daemon itself is no root."""
     path = "/run/ipam-plugin/ipam-plugin.sock"
     assert system("stat", "-c", "%a %U %F", path) == "600 root socket"
-    process = system.show("ipam-plugin.service", "MainPID")
-    status = dict(
-        line.split(":\t", 1) for line in system("cat", f"/proc/{process}/status").splitlines() if ":\t" in line
-    )
-    assert set(status["Uid"].split()) == {system("id", "-u", "ipam-plugin")}
-    assert {int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
-    assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+    main = system.show("ipam-plugin.service", "MainPID")
+    worker = system("cat", f"/proc/{main}/task/{main}/children").split()
+    assert len(worker) == 1
+    for process in (main, *worker):
+        text = system("cat", f"/proc/{process}/status")
+        status = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
+        assert set(status["Uid"].split()) == {system("id", "-u", "ipam-plugin")}
+        rights = {int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")}
+        assert rights == {1 << CAP_NET_RAW}
+        assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
     assert system("stat", "-c", "%a %U", "/var/lib/ipam-plugin") == "700 ipam-plugin"
+
+
+def test_the_wire_can_be_looked_at_from_the_service(system: System) -> None:
+    """Under the unit's restrictions raw sockets open, a stranger is heard, and /sys says that a cable is out."""
+    unit = (system.root / "etc/systemd/system/ipam-plugin.service").read_text()
+    unit = re.sub(r"(?m)^(Requires|Wants|After|Before|Restart|StartLimitIntervalSec|StateDirectory)=.*\n", "", unit)
+    unit = unit.replace("Type=notify", "Type=oneshot")
+    look = (
+        "ExecStart=/usr/bin/python3 -I /opt/look.py 10.9.9.9 fd09::9 10.9.9.8\n"
+        "StandardOutput=truncate:/run/look\nStandardError=inherit"
+    )
+    (system.root / "etc/systemd/system/look.service").write_text(re.sub(r"(?m)^ExecStart=.*$", look, unit))
+    (system.root / "opt/look.py").write_text(LOOK)
+
+    def looked() -> str:
+        system("systemctl", "start", "look.service", check=False)
+        return system("cat", "/run/look")
+
+    system("systemctl", "daemon-reload")
+    try:
+        system("sh", "-ec", "ip link add br0 type bridge; ip link add port type veth peer name machine")
+        system("sh", "-ec", "ip link set port master br0; for i in br0 port machine; do ip link set $i up; done")
+        system("sh", "-ec", "ip address add 10.9.9.9/24 dev machine; ip address add fd09::9/64 dev machine nodad")
+        until(lambda: system("cat", "/sys/class/net/port/brport/state") == "3", "a port that forwards")
+        mac = system("cat", "/sys/class/net/machine/address")
+        said = looked()
+        assert re.search(rf"(?m)^10\.9\.9\.9 InUse\(mac='{mac}'", said), said
+        assert re.search(rf"(?m)^fd09::9 InUse\(mac='{mac}'", said), said
+        assert re.search(r"(?m)^10\.9\.9\.8 Silent\(", said), said
+        assert re.search(r"(?m)^alive: *$", said), said
+        system("ip", "link", "set", "machine", "down")
+        until(lambda: system("cat", "/sys/class/net/port/carrier") == "0", "a port without a carrier")
+        said = looked()
+        assert "alive: br0 does not forward: port has no carrier" in said
+    finally:
+        system("sh", "-c", "ip link del port; ip link del br0", check=False)
+        system("rm", "-f", "/etc/systemd/system/look.service", "/opt/look.py", "/run/look")
+        system("systemctl", "daemon-reload")
 
 
 def test_a_killed_daemon_is_back_and_the_socket_never_goes(system: System) -> None:
@@ -165,10 +219,43 @@ def test_the_embedded_etcd_runs_hardened(system: System) -> None:
         system.restart()
 
 
+def test_without_the_capability_the_daemon_serves_and_says_so(system: System) -> None:
+    """An operator who takes the right away gets a daemon that works by `probe_failure`, and an alarm with the cure."""
+    drop_in = system.root / "etc/systemd/system/ipam-plugin.service.d"
+    drop_in.mkdir()
+    (drop_in / "no-raw.conf").write_text("[Service]\nAmbientCapabilities=\nCapabilityBoundingSet=\n")
+    try:
+        system.restart()
+        assert "serving" in system.show("ipam-plugin.service", "StatusText")
+        main = system.show("ipam-plugin.service", "MainPID")
+        assert "CapEff:\t0000000000000000" in system("cat", f"/proc/{main}/status")
+        until(lambda: "ALARM on" in system("ipam-plugin", "hosts"), "the alarm in etcd")
+        [alarm] = [line for line in system("ipam-plugin", "hosts").splitlines() if line.startswith("ALARM on")]
+        assert "CAP_NET_RAW" in alarm
+        assert "AmbientCapabilities=CAP_NET_RAW" in alarm
+        metrics = (
+            "import urllib.request as u; print(u.urlopen('http://127.0.0.1:9179/metrics', timeout=9).read().decode())"
+        )
+        assert 'ipam_plugin_alarms_total{kind="cannot_probe"} 1.0' in system("python3", "-I", "-c", metrics)
+    finally:
+        shutil.rmtree(drop_in)
+        system.restart()
+
+
 def test_uninstall_and_install_on_a_live_system(system: System) -> None:
     """The one stops, disables and removes, while Docker runs on; the other starts the service again."""
+    kept = system("cat", "/var/lib/ipam-plugin/host")
+    leases = "/ipam-plugin/v1/leases/default/"
+    for address, host in (("192.168.7.1", kept), ("192.168.7.2", kept), ("192.168.7.3", "another")):
+        system("etcdctl", "put", leases + address, json.dumps({"kind": "standby", "host": host}))
     said = system("/opt/ipam-plugin/bin/ipam-plugin", "uninstall", seconds=60)
-    assert "ipam-plugin.socket and ipam-plugin.service stopped and disabled" in said
+    assert re.search(
+        r"ipam-plugin\.socket and ipam-plugin\.service stopped and disabled\n"
+        rf"standby addresses of host {kept} given back: 2\n"
+        r"[^\n]+ removed\n",
+        said,
+    ), said
+    assert system("etcdctl", "get", "--prefix", "--keys-only", leases).split() == [f"{leases}192.168.7.3"]
     assert "left with what the daemon wrote" in said
     assert system("systemctl", "is-active", "docker.service") == "active"
     assert system.show("ipam-plugin.service", "LoadState") == "not-found"

@@ -159,6 +159,20 @@ def test_a_segment_that_sets_nothing_is_as_the_top_level() -> None:
     assert (other.standby, other.hold, other.exclude, other.interface) == (7, 600.0, (), None)
 
 
+def test_every_setting_of_the_top_level_reaches_a_segment_and_can_be_changed_there() -> None:
+    """A key that is added to the file and forgotten on its way to the daemon would be without effect."""
+    values = {
+        "probe": ("fast", "off"), "probe_failure": ("refuse", "warn"), "standby": (3, 5), "cooldown": (61.0, 62.0),
+        "hold": (63.0, 64.0), "probation": (65.0, 31536000.0),
+    }  # fmt: skip
+    assert set(values) == set(typing.get_type_hints(SegmentConfig)) & set(typing.get_type_hints(Config))
+    for key, (top, own) in values.items():
+        config = parse(f"{ETCD}{key}: {top}\nsegments: {{lan: {{{key}: {own}}}}}\n", "FILE")
+        assert getattr(config.for_segment("other"), key) == top
+        assert getattr(config.for_segment("lan"), key) == own
+    assert parse(ETCD, "FILE").for_segment("lan").probation == 24 * 3600
+
+
 def test_a_router_is_one_address_or_one_for_each_family() -> None:
     """The common case needs no list."""
     for text, router in [("10.0.0.1", ("10.0.0.1",)), ("[10.0.0.1, 'FE80::1']", ("10.0.0.1", "fe80::1"))]:
@@ -193,6 +207,8 @@ def test_an_empty_key_has_its_default() -> None:
         ("segments: {lan: {standby: 65}}", "segments.lan.standby", "a whole number from 0 to 64", "65"),
         ("probe: half", "probe", "one of full, fast, off", "'half'"),
         ("probe: true", "probe", "one of full, fast, off", "true"),
+        ("probation: 59s", "probation", "a duration from 1m to 365d", "'59s'"),
+        ("segments: {lan: {probation: off}}", "segments.lan.probation", "a duration from 1m to 365d", "false"),
         ("probe_failure: off", "probe_failure", "one of warn, refuse", "false"),
         ("standby: 1.5", "standby", "a whole number from 0 to 64", "1.5"),
         ("standby: true", "standby", "a whole number from 0 to 64", "true"),
