@@ -119,6 +119,13 @@ class Stock:
         with self._lock:
             return [slot for slot in self._ready.values() if slot.pool.id == pool_id]
 
+    def held(self, pool_id: str) -> int:
+        """How many of a pool there are, ready or in somebody's hands."""
+        with self._lock:
+            return sum(slot.pool.id == pool_id for slot in self._ready.values()) + sum(
+                of == pool_id for of in self._in_hand.values()
+            )
+
     def counts(self) -> dict[str, int]:
         """How many are ready, by PoolID."""
         with self._lock:

@@ -122,7 +122,7 @@ class Metrics:
 
 
 def _of_wires(wires: Mapping[str, tuple[bool, int, int]]) -> Iterable[Metric]:
-    usable = GaugeMetricFamily("ipam_plugin_wire_usable", "1 when it can be listened to", labels=["interface"])
+    usable = GaugeMetricFamily("ipam_plugin_wire_usable", "1 when frames come and go there", labels=["interface"])
     heard = CounterMetricFamily(
         "ipam_plugin_wire_frames", "ARP and neighbour discovery frames looked at", labels=["interface"]
     )

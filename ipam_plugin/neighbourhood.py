@@ -264,13 +264,13 @@ class Neighbourhood:
             found.announce(address, mac)
 
     def states(self) -> Mapping[str, tuple[bool, int, int]]:
-        """For the metrics: each interface, whether it can be listened to, frames looked at, frames lost."""
+        """For the metrics: each interface, whether frames come and go there, frames looked at, frames lost."""
         with self._lock:
             wires = dict(self._wires)
             states = dict.fromkeys(self._closed_to_us, (False, 0, 0))
         for name, wire in wires.items():
             counters = wire.counters()
-            states[name] = (wire.mac != "", counters.heard, counters.lost)
+            states[name] = (not wire.trouble, counters.heard, counters.lost)
         return states
 
     def close(self) -> None:

@@ -231,10 +231,21 @@ class Keeper:
         with self._lock:
             if self._pause.get(pool.id, 0.0) > time.monotonic():
                 return
-            missing = max(0, goal - len(ready) - self._filling.get(pool.id, 0))
-            self._filling[pool.id] = self._filling.get(pool.id, 0) + missing
+            filling = self._filling.get(pool.id, 0)
+            # What an earlier run left in etcd counts before it has been taken over: a restart claims nothing new.
+            there = max(len(ready) + filling, self._stock.held(pool.id)) + self._left_over(pool)
+            missing = max(0, goal - there)
+            self._filling[pool.id] = filling + missing
         for _ in range(missing):
             self._submit(self._looks, functools.partial(self._fill, pool))
+
+    def _left_over(self, pool: Pool) -> int:
+        """Own standby in the pool's range that the stock does not know."""
+        return sum(
+            not self._stock.knows(entry.token)
+            for segment, address, entry in self._view.of_kind(STANDBY, self._host)
+            if segment == pool.segment and pool.candidates.contains(address)
+        )
 
     def _is_lost(self, slot: Slot) -> bool:
         """Whether its lease is not the slot's any more: an operator took it, or a network of this host's by name."""

@@ -227,6 +227,13 @@ class Wire:
         with self._lock:
             return self._sockets.mac() if self._sockets else ""
 
+    @property
+    def trouble(self) -> str:
+        """Why no frame can come from this interface or go, as far as this host knows, as a clause; else ''."""
+        with self._lock:
+            closed = self._trouble
+        return closed or _forwards(self.interface)
+
     def probe(
         self,
         address: Address,

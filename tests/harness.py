@@ -103,6 +103,7 @@ class FakeWire(Wire):
         self.say = on_heard
 
     mac = "02:00:00:00:00:01"
+    trouble = ""
 
     def start(self) -> None: ...
 

@@ -29,6 +29,7 @@ from tests.lab import (
     Host,
     Lab,
     LabError,
+    Machine,
     until,
 )
 from tests.lab.lab import PREFIX
@@ -226,6 +227,90 @@ def test_a_stranger_on_the_lan(lab: Lab) -> None:
     assert machine.mac_of(host.address) == host.mac
 
 
+def known(node: Machine, address: str) -> str:
+    """Which MAC a machine's neighbour table has for an address, without asking anybody."""
+    entries = json.loads(node.run("ip", "-j", "neigh", "show", "to", address).stdout or "[]")
+    return entries[0].get("lladdr", "") if entries else ""
+
+
+@pytest.mark.parametrize("address", ["192.168.77.51", "fd00:77::51"])
+def test_a_machine_announces_an_address(lab: Lab, address: str) -> None:
+    """After an announcement whoever knew the address by another MAC knows it by the machine's."""
+    machine, router = lab.machines[0], lab.router
+    assert router is not None
+    machine.add_address(address)
+    router.ip(f"neigh replace {address} lladdr 02:00:00:00:00:99 nud stale dev eth0")
+    machine.announce(address)
+    until(lambda: known(router, address) == machine.mac, 5, "the router believes it")
+    machine.remove_address(address)
+
+
+def test_a_well_behaved_machine_takes_an_address(lab: Lab) -> None:
+    """It takes what nobody has, leaves what somebody has, and of two that try at once one at most takes it."""
+    machine, router = lab.machines[0], lab.router
+    assert router is not None
+    assert machine.take(lab.hosts[0].address).result(20).stdout.strip() == f"left to {lab.hosts[0].mac}"
+    assert machine.take("192.168.77.52").result(20).stdout.strip() == "taken"
+    assert router.mac_of("192.168.77.52") == machine.mac
+    machine.remove_address("192.168.77.52")
+    both = [one.take("192.168.77.53") for one in (machine, router)]
+    outcomes = [one.result(20).stdout.strip() for one in both]
+    assert f"left to {machine.mac}" in outcomes or f"left to {router.mac}" in outcomes
+    assert outcomes.count("taken") <= 1
+    for one in (machine, router):
+        if "192.168.77.53/24" in one.addresses():
+            one.remove_address("192.168.77.53")
+
+
+def test_proxy_arp(lab: Lab) -> None:
+    """A machine answers for everything, also when it is asked by 0.0.0.0, but not for the addresses it is told."""
+    machine, router = lab.machines[0], lab.router
+    assert router is not None
+
+    def answered(address: str) -> bool:
+        # Duplicate address detection: status 1 when somebody answers.
+        words = ("busybox", "arping", "-D", "-c", "1", "-w", "1", "-I", "eth0", address)
+        return router.run(*words, timeout=10, check=False).status == 1
+
+    with machine.proxy_arp("192.168.77.55"):
+        assert router.mac_of("192.168.77.54") == machine.mac
+        assert answered("192.168.77.54")
+        assert not answered("192.168.77.55")
+    assert not answered("192.168.77.54")
+
+
+def test_a_flood(lab: Lab) -> None:
+    """A machine sends thousands of ARP frames a second, and hosts get them."""
+    host, machine = lab.hosts[0], lab.machines[0]
+    counter = "cat /sys/class/net/br0/statistics/rx_packets"
+    before = int(host.sh(counter))
+    sent = int(machine.flood(5000, 1).result(20).stdout)
+    assert 2000 < sent <= 5000
+    assert int(host.sh(counter)) - before >= sent
+
+
+def test_a_port_that_is_listening(lab: Lab) -> None:
+    """A host whose bridge runs spanning tree has a carrier and no LAN, and has it again afterwards."""
+    host, machine = lab.hosts[0], lab.machines[0]
+    with host.listening():
+        assert host.sh("cat /sys/class/net/eth0/carrier") == "1"
+        assert not machine.ping(host.address, within=1)
+    assert machine.ping(host.address)
+
+
+def test_what_is_written_to_etcd(lab: Lab) -> None:
+    """All that is written below a prefix is seen, also what is gone again, and nothing else."""
+    lab.etcdctl("put", "/seen/before", "1")
+    with lab.written("/seen/") as events:
+        lab.etcdctl("put", "/seen/a", "{}")
+        lab.etcdctl("put", "/other", "2")
+        lab.etcdctl("del", "/seen/a")
+    assert events == [("PUT", "a", "{}"), ("DELETE", "a", "")]
+    with lab.written("/seen/") as events:
+        lab.etcdctl("put", "/seen/b", "3")
+    assert events == [("PUT", "b", "3")]
+
+
 def test_dual_stack(lab: Lab) -> None:
     """IPv6 works like IPv4: hosts, machines, router, and containers of a network with both families."""
     host, machine = lab.hosts[1], lab.machines[0]
@@ -276,7 +361,40 @@ def test_docker_finds_the_daemon(lab: Lab) -> None:
     host.kill("daemon")
     with pytest.raises(OSError, match="refused"):
         host.driver("Plugin.Activate")
+    assert "/IpamDriver.RequestPool" in host.log()
     create_lan(host, "192.168.77.32/27")
+
+
+def test_the_daemon_without_a_capability(lab: Lab) -> None:
+    """The daemon is root and lacks one capability; the next start has it again."""
+    host = lab.hosts[0]
+
+    def may(pid: int) -> bool:
+        [line] = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("CapEff")]
+        return bool(int(line.split()[1], 16) & 1 << 13)  # CAP_NET_RAW
+
+    host.start_daemon(without="net_raw")
+    assert not may(host.services["daemon"].pid)
+    host.kill("daemon")
+    host.start_daemon()
+    assert may(host.services["daemon"].pid)
+    host.kill("daemon")
+
+
+def test_a_metric(lab: Lab) -> None:
+    """A metric is read where the daemon serves it; without labels it is the sum over all, unknown ones are 0."""
+    host = lab.hosts[0]
+    host.sh(
+        'mkdir /run/www; printf \'a_total{kind="x"} 2.0\na_total{kind="y"} 3.0\na_total_created 9\n\' >/run/www/metrics'
+    )
+    served = host.serve("metrics", *["busybox", "httpd", "-f", "-p", "127.0.0.1:9179", "-h", "/run/www"])
+    try:
+        assert until(lambda: host.metric("a_total"), 5, "it is served") == 5
+        assert host.metric('a_total{kind="x"}') == 2
+        assert host.metric("b_total") == 0
+    finally:
+        served.kill()
+        del host.services["metrics"]
 
 
 def test_commands_have_a_time_limit(lab: Lab) -> None:

@@ -11,7 +11,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -279,6 +279,38 @@ class Lab:
         endpoints = ",".join(member.endpoint for member in self.etcd if member.node.on)
         argv = ("etcdctl", "--command-timeout", "15s", "--endpoints", endpoints, *words)
         return node.run(*argv, timeout=timeout, env={"ETCDCTL_API": "3"}).stdout.strip()
+
+    @contextlib.contextmanager
+    def written(self, prefix: str) -> Iterator[list[tuple[str, str, str]]]:
+        """Everything that is written to etcd below a prefix while it lasts, in its order; filled in at the end.
+
+        Each as (PUT or DELETE, the key without the prefix, the value).
+        """
+        found: list[tuple[str, str, str]] = []
+        node = self.etcd[0].node
+        name = f"watch-{next(_count)}"
+        words = ("etcdctl", "--endpoints", "http://127.0.0.1:2379", "watch", "--prefix", "/")
+        service = node.serve(name, *words, env={"ETCDCTL_API": "3"})
+
+        def seen(mark: str) -> bool:
+            # Until the watch has begun nothing is seen of what is written, so the mark is written again.
+            self.etcdctl("put", f"/{name}/{mark}", mark)
+            return f"\n{mark}\n" in service.log.read_text()
+
+        try:
+            until(lambda: seen("begin"), 10, "the watch has begun")
+            yield found
+            until(lambda: seen("end"), 10, "the watch has seen all")
+        finally:
+            service.kill()
+            del node.services[name]
+        lines = iter(service.log.read_text().splitlines())
+        for what in lines:
+            key, value = next(lines), next(lines)
+            if key == f"/{name}/end":
+                break
+            if key.startswith(prefix):
+                found.append((what, key.removeprefix(prefix), value))
 
     def leader(self, within: float = 20) -> Etcd:
         """The member of etcd that leads. Raises LabError when there is none in time."""

@@ -11,7 +11,7 @@ import signal
 import sys
 import tarfile
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ DAEMON_SOCKET = "/run/ipam-plugin/ipam-plugin.sock"
 DOCKER_SOCKET = "/run/docker.sock"
 CONFIG = "/etc/ipam-plugin/config.yaml"
 SPEC = "/etc/docker/plugins/ipam-plugin.spec"
+FRAMES = (sys.executable, "-I", "-S", str(Path(__file__).with_name("frames.py")))
+METRICS = ("127.0.0.1", "9179")
 DAEMON = (sys.executable, "-m", "ipam_plugin", "serve", "--config", CONFIG)
 
 IDLE = ("sh", "-c", "trap exit TERM; sleep 1000000 & wait")
@@ -107,6 +109,36 @@ class Machine(Node):
 
     def remove_address(self, address: str) -> None:
         self.ip(f"addr del {address}/{64 if ':' in address else 24} dev eth0")
+
+    # What it says on the wire (frames.py)
+
+    def announce(self, address: str) -> None:
+        """Tells the LAN that it has an address, which it does have: by ARP, or by neighbour advertisement."""
+        self._frames("announce", address).result(10)
+
+    def take(self, address: str) -> Command:
+        """Takes an IPv4 address as a well-behaved machine does: probes for 4 s first, and leaves it to whom it hears.
+
+        The result's output is `taken`, or `left to MAC`. See RFC 5227 section 2.1.
+        """
+        return self._frames("take", address)
+
+    def flood(self, rate: int, seconds: float) -> Command:
+        """Sends so many ARP frames a second, each of another machine. The result's output is how many it sent."""
+        return self._frames("flood", str(rate), str(seconds))
+
+    @contextlib.contextmanager
+    def proxy_arp(self, *others: str) -> Iterator[None]:
+        """While it lasts, answers with its own MAC whenever somebody asks for any IPv4 address but `others`."""
+        service = self.serve("proxy-arp", *FRAMES, "answer", "eth0", *others)
+        try:
+            until(lambda: "answering" in service.tail(), 10, f"{self.name} answers for all addresses")
+            yield
+        finally:
+            service.kill()
+
+    def _frames(self, what: str, *words: str) -> Command:
+        return self.run_async(*FRAMES, what, "eth0", *words)
 
 
 class Etcd:
@@ -394,6 +426,26 @@ class Host(Node):
     def _forget_cgroups(self) -> None:
         remove_cgroups(self._cgroup)
 
+    # Its wire
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """While it lasts (a minute at most), br0 passes nothing to and from its cable, which has a carrier.
+
+        That is what the spanning tree protocol does with a port that has just come up (IEEE 802.1D, states
+        listening and learning, each as long as the forward delay).
+        """
+        settings = Path("/sys/class/net/br0/bridge")
+        before = self.sh(f"cat {settings}/forward_delay")
+        again = ("link set eth0 down", "link set eth0 up")
+        self.ip("link set br0 type bridge stp_state 1 forward_delay 3000", *again)
+        try:
+            until(lambda: self.sh("cat /sys/class/net/eth0/brport/state") == "1", 5, f"{self.name}: eth0 is listening")
+            yield
+        finally:
+            if self.on:
+                self.ip(f"link set br0 type bridge stp_state 0 forward_delay {before}", *again)
+
     # Docker
 
     def start_dockerd(self, wait: bool = True) -> None:
@@ -469,9 +521,14 @@ class Host(Node):
 
     # The daemon
 
-    def start_daemon(self, wait: bool = True) -> None:
-        """Starts the daemon and waits until its socket answers `POST /Plugin.Activate`."""
-        self.serve("daemon", *self.daemon_command)
+    def start_daemon(self, wait: bool = True, without: str = "") -> None:
+        """Starts the daemon and waits until its socket answers `POST /Plugin.Activate`.
+
+        `without`: a capability (`net_raw`) that it does not get, though it is root.
+        """
+        # Out of the bounding set, because root gets at execve(2) all that is in there.
+        less = ("setpriv", "--bounding-set", f"-{without}", "--inh-caps", f"-{without}") if without else ()
+        self.serve("daemon", *less, *self.daemon_command)
         if wait:
             self.wait_daemon()
 
@@ -484,6 +541,24 @@ class Host(Node):
             return status == 200
 
         until(answers, within, f"{self.name}: the daemon answers")
+
+    def log(self) -> str:
+        """All that the daemon has written since the host was made."""
+        file = self.directory / "daemon.log"
+        return file.read_text(errors="replace") if file.exists() else ""
+
+    def metrics(self) -> str:
+        """What the daemon serves for Prometheus."""
+        # Not wget: it looks up names by glibc, which crashes in a static busybox.
+        request = "GET /metrics HTTP/1.0\r\n\r\n"
+        answer = self.run("busybox", "nc", "-w", "5", *METRICS, stdin=request, timeout=10).stdout
+        return answer.partition("\r\n\r\n")[2]
+
+    def metric(self, name: str) -> float:
+        """A metric of the daemon, 0 when it was never set; without labels in `name`, the sum over all of them."""
+        beginnings = (f"{name} ", f"{name}{{")
+        lines = [line for line in self.metrics().splitlines() if line.startswith(beginnings)]
+        return sum(float(line.rpartition(" ")[2]) for line in lines)
 
     def command(self, *words: str, timeout: float = 30, check: bool = True) -> str:
         """What `ipam-plugin WORDS` prints on this host, with this host's config."""
