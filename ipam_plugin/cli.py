@@ -5,32 +5,39 @@ Exit status: 0 done, 1 found something or refused, 2 usage or configuration.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import getpass
 import json
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 import msgspec
 from rich.cells import cell_len
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from ipam_plugin import __version__
-from ipam_plugin.addresses import Address, Range, parse_address, parse_range
+from ipam_plugin.addresses import Address, Network, Range, parse_address, parse_network, parse_range
 from ipam_plugin.config import Config, find, load
-from ipam_plugin.errors import ConfigError, IpamError
-from ipam_plugin.model import KINDS, NAME, Keys, Lease, SegmentSettings
-from ipam_plugin.operations import Explanation, Operations, plain
+from ipam_plugin.errors import ConfigError, IpamError, Refused
+from ipam_plugin.model import CONFLICT, KINDS, NAME, Keys, Lease, SegmentSettings
+from ipam_plugin.operations import Explanation, Known, Operations, plain
+from ipam_plugin.vendors import vendor_of
+
+if TYPE_CHECKING:
+    from ipam_plugin.scan import Report, Target
 
 EMBEDDED_DATA = Path("/var/lib/ipam-plugin/etcd")
 LONGEST_CELL = 300  # characters
+MOST_RATE = 1000  # requests of a scan per second
 
 
 class _AddressType(click.ParamType[Address]):
@@ -51,6 +58,21 @@ class _RangeType(click.ParamType[Range]):
             return parse_range(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+class _PlaceType(click.ParamType["Network | str"]):
+    name = "segment or subnet"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Network | str:
+        try:
+            if "/" in value:
+                return parse_network(value)
+            address = parse_address(value)
+            return parse_network(f"{address}/{address.max_prefixlen}")
+        except ValueError as error:
+            if not NAME.fullmatch(value):
+                self.fail(f"expected a segment's name, or {error}" if "/" not in value else str(error), param, ctx)
+            return str(value)
 
 
 def _segment_name(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
@@ -392,6 +414,150 @@ def segment(
         click.echo(_clean(f"  moving   {text}"))
 
 
+@cli.command()
+@click.argument("place", required=False, type=_PlaceType(), metavar="[SEGMENT|SUBNET]")
+@click.option("--interface", metavar="NAME", default="", help="Ask there [the one that carries the subnet]")
+@click.option("--reserve", "keep", is_flag=True, help="Keep the addresses of the strangers that answer for them.")
+@click.option("--rate", type=click.IntRange(1, MOST_RATE), default=100, show_default=True, help="Requests in a second.")
+@segment_option
+@output_option
+@_with_operations
+def scan(
+    ops: Operations,
+    config: Config,
+    place: Network | str | None,
+    interface: str,
+    keep: bool,
+    rate: int,
+    segment: str | None,
+    output: str,
+) -> None:
+    """Ask the LAN who is there: which machine has which address, and what the register says of it.
+
+    In the subnets of all pools of SEGMENT [the configuration's], or in SUBNET (or for one address) alone. Needs root
+    (CAP_NET_RAW) on a machine of that LAN; no daemon has to run.
+    """
+    # Imported here: pyroute2 takes a while, and the other commands do not need it.
+    from ipam_plugin import scan as scanning
+
+    if isinstance(place, str) and segment not in (None, place):
+        raise click.UsageError(f"SEGMENT {place} and --segment {segment} are two; name one")
+    scanning.require_rights()
+    name = place if isinstance(place, str) else segment or config.segment
+    known = ops.known(name)
+    subnets = ops.subnets(name) if place is None or isinstance(place, str) else {place: ""}
+    addresses, links = scanning.interfaces_of_this_machine()
+    targets, refused = [], []
+    for subnet, of_pool in subnets.items():
+        named = interface or of_pool or config.for_segment(name).interface or ""
+        try:
+            targets.append(scanning.target(subnet, addresses, links, named, known.host_macs))
+        except Refused as error:
+            refused.append(str(error))
+    if not subnets:
+        raise Refused(f"segment {name} has no pool whose subnet could be scanned; name one: ipam-plugin scan SUBNET")
+    if not targets:
+        raise Refused("; ".join(refused))
+    for reason in refused:
+        click.echo(_clean(f"not scanned: {reason}"), err=True)
+    rows: list[_Row] = []
+    trouble: list[str] = []
+    for target in scanning.without_parts(targets):
+        with _progress(f"{target.subnet} on {target.interface}") as progress:
+            report = scanning.scan(target, rate=rate, peers=known.peers, known=known.addresses, progress=progress)
+        if report.trouble:
+            trouble.append(f"machines may be missing: {target.subnet}: {report.trouble}")
+        rows += _judged(ops, known, name, target, report, keep and not report.broken_off, trouble)
+        if report.broken_off:
+            break
+    if output == "json":
+        _json([row._asdict() for row in rows])
+    else:
+        _table(
+            ["ADDRESS", "MAC", "VENDOR", "KIND", "REGISTER"],
+            ([row.address, row.mac, row.vendor, row.kind(), row.register] for row in rows),
+        )
+    if trouble:
+        raise IpamError("; ".join(trouble))
+
+
+class _Row(NamedTuple):
+    """A machine that answered for an address, as it is told."""
+
+    address: str
+    mac: str
+    vendor: str
+    stranger: bool
+    lease: Any  # as JSON has it
+    reserved: bool  # by this scan
+    register: str  # what is known of it, in words
+
+    def kind(self) -> str:
+        return self.lease["kind"] if self.lease else "stranger" if self.stranger else ""
+
+
+def _judged(
+    ops: Operations, known: Known, segment: str, target: Target, report: Report, keep: bool, trouble: list[str]
+) -> Iterator[_Row]:
+    """The rows of one scan, each stranger reserved where that is wanted; what is no row is said on stderr."""
+    strangers = 0
+    for address, answered in report.macs.items():
+        # What a machine says that answers for everything, another one's answer outweighs.
+        macs = [mac for mac in answered if mac not in report.proxies]
+        judged = {mac: known.judge(address, mac) for mac in macs or answered}
+        leases = [each.lease for each in judged.values() if each.lease]
+        again = any(lease.kind == CONFLICT and lease.mac.lower() in macs for lease in leases)
+        note = "found by scan: MAC " + ", ".join(f"{mac} {vendor_of(mac)}".rstrip() for mac in macs)
+        kept = False
+        if keep and macs and (again or any(each.stranger for each in judged.values())):
+            try:
+                holder = ops.reserve_for(address, macs, segment, note)
+                kept = not holder
+                if holder:
+                    click.echo(_clean(f"{address} in segment {segment} is not reserved: {holder}"), err=True)
+            except IpamError as error:  # what was reserved until now must be said all the same
+                trouble.append(f"{address} and the strangers after it could not be reserved: {error}")
+                keep = False
+        if len(macs) > 1:
+            click.echo(f"{address} is used by {len(macs)} machines: MAC {', '.join(macs)}", err=True)
+        for mac, each in judged.items():
+            words = [each.words] if each.words else []
+            words += ["this machine itself"] if address in target.own and each.stranger else []
+            words += [] if macs else ["answered by proxy ARP alone"]
+            words += [f"reserved now, {note}"] if kept else []
+            stranger = each.stranger and bool(macs)
+            strangers += stranger
+            lease = plain(each.lease) if each.lease else None
+            yield _Row(str(address), mac, vendor_of(mac), stranger, lease, kept, ", ".join(words))
+    click.echo(
+        f"{target.subnet} on {target.interface}: {report.asked} asked for, {len(report.macs)} in use, "
+        f"{strangers} by strangers",
+        err=True,
+    )
+    if not target.one_by_one:
+        click.echo(
+            f"{target.subnet} is too large to ask for every address: those were asked for that the register knows or"
+            " that showed up; a machine that keeps quiet is not found",
+            err=True,
+        )
+    for mac, count in report.proxies.items():
+        click.echo(
+            f"MAC {mac} alone answers for {count} addresses (proxy ARP): behind it, used and free ones look the same,"
+            " and none of them is reserved",
+            err=True,
+        )
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, when that is a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
 @cli.command("check-config")
 @click.argument("file", required=False)
 @config_option
@@ -417,18 +583,48 @@ def install(no_start: bool) -> None:
 
 
 @cli.command()
-def uninstall() -> None:
-    """Take back exactly what `install` put in place."""
+@click.pass_obj
+def uninstall(config_path: str | None) -> None:
+    """Take back exactly what `install` put in place, and give back this host's standby addresses."""
     from ipam_plugin import install as installing
 
-    for line in installing.uninstall():
-        click.echo(line)
+    for line in installing.uninstall(give_back=lambda: _give_back_standby(config_path)):
+        click.echo(_clean(line))
+
+
+def _give_back_standby(config_path: str | None) -> Iterator[str]:
+    """What the host of this configuration has as standby goes; a register that cannot be reached stops nothing."""
+    from ipam_plugin.daemon import etcd_of
+    from ipam_plugin.host import StateDir
+
+    host = "NAME"
+    try:
+        config = _load(config_path)
+        if not _is_there(Path(config.state_dir) / "host"):
+            return  # no daemon has ever served here
+        state = StateDir(config.state_dir)
+        state.lock()  # a daemon that was not started by systemd could still give them to containers
+        host = state.read("host")
+        etcd = etcd_of(config)
+        try:
+            count = Operations(etcd, Keys(config.prefix), _who()).give_back_standby(host)
+        finally:
+            etcd.close()
+    except (ConfigError, IpamError) as error:
+        yield (
+            f"this host's standby addresses were not given back: {'; '.join(str(error).splitlines())}; to do it, when "
+            f"the register can be reached: ipam-plugin leases --kind standby --host {host}, and ipam-plugin release "
+            "ADDRESS --force for each"
+        )
+        return
+    if count:
+        yield f"standby addresses of host {host} given back: {count}"
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in columns:
-        table.add_column(column, no_wrap=column != "NOTE", overflow="fold")
+        table.add_column(column, no_wrap=column not in ("NOTE", "REGISTER"), overflow="fold")
     widths = [len(column) for column in columns]
     for row in rows:
         cells = [_short(_clean(cell)) for cell in row]

@@ -8,18 +8,19 @@ from __future__ import annotations
 import datetime
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
-from ipam_plugin.addresses import Address, Range, address_of, parse_range
+from ipam_plugin.addresses import Address, Network, Range, address_of, parse_address, parse_range
 from ipam_plugin.errors import AddressTaken, Refused
 from ipam_plugin.etcd import Commit, Delete, KeyValue, Put
 from ipam_plugin.model import (
     CONFLICT,
     ENDPOINT,
     RESERVED,
+    STANDBY,
     UNREADABLE,
     Alive,
     History,
@@ -91,7 +92,56 @@ class Explanation(NamedTuple):
     past: tuple[Tenancy, ...]
 
 
+class Judged(NamedTuple):
+    """What the register says of a machine that answers for an address."""
+
+    lease: Lease | None
+    stranger: bool  # nobody knows it: the address would be given to a container
+    words: str  # who has the address, or why it is not given; '' for a stranger
+
+
 T = TypeVar("T", bound=msgspec.Struct)
+
+
+class Known:
+    """What the register says of one segment's addresses and machines, as it was when it was read."""
+
+    def __init__(
+        self,
+        segment: str,
+        leases: Sequence[Found],
+        settings: SegmentSettings | None,
+        hosts: Mapping[str, Host],
+        living: Collection[str],
+    ) -> None:
+        self._segment = segment
+        self._settings = settings
+        self._leases = {each.address: each.lease for each in leases if each.taken.size() == 1}
+        self._ranges = [each for each in leases if each.taken.size() > 1]
+        self.host_macs = {each.mac.lower(): name for name, host in hosts.items() for each in host.addresses if each.mac}
+        self._host_addresses = {
+            each.address: name
+            for name, host in hosts.items()
+            if not host.segments or segment in host.segments
+            for each in host.addresses
+        }
+        own = [(address, name) for text, name in self._host_addresses.items() if (address := _address(text))]
+        self.addresses = sorted(self._leases.keys() | {address for address, _ in own}, key=lambda each: each.packed)
+        #: Machines that should be heard on the LAN: the routers and the living hosts.
+        self.peers = [*(settings.routers() if settings else []), *(each for each, name in own if name in living)]
+
+    def judge(self, address: Address, mac: str) -> Judged:
+        lease = self._leases.get(address)
+        host = self.host_macs.get(mac, "")
+        if lease is not None:
+            known = host or (lease.kind != STANDBY and lease.mac.lower() in ("", mac))
+            return Judged(lease, False, lease.told() + ("" if known else ", but another machine answers"))
+        reasons = [f"the etcd key {each.key!a} takes it" for each in self._ranges if each.taken.contains(address)]
+        reasons += _forbidding(self._segment, self._settings, address)
+        host = host or self._host_addresses.get(str(address), "")
+        if host:
+            reasons.append(f"Docker host {host} itself")
+        return Judged(None, not reasons, "; ".join(reasons))
 
 
 class Operations:
@@ -174,12 +224,31 @@ class Operations:
                 found[each.key.removeprefix(self._keys.segments)] = str(error)
         return found
 
+    def subnets(self, segment: str) -> dict[Network, str]:
+        """The subnets of a segment's pools, and the interface that the pool's options name for it ('': none)."""
+        pools = [line.pool for line in self.pools() if line.pool and line.pool.segment == segment]
+        return {pool.subnet: pool.interface for pool in sorted(pools, key=lambda pool: pool.interface)}
+
+    def known(self, segment: str) -> Known:
+        """All that a machine's answer on the wire is judged by."""
+        settings = self.segments().get(segment)
+        hosts = {each.key.removeprefix(self._keys.hosts): each.value for each in self._list(self._keys.hosts)}
+        alive = {each.key.removeprefix(self._keys.alive) for each in self._list(self._keys.alive)}
+        return Known(
+            segment,
+            self.leases(segment),
+            settings if isinstance(settings, SegmentSettings) else None,
+            {name: host for name, value in hosts.items() if (host := _read(value, Host))},
+            alive,
+        )
+
     # ------------------------------------------------------------------------------------ changing
 
     def reserve(self, what: Range, segment: str, note: str) -> list[Found]:
         """Keep an address, or a range, for something else. Returns the leases that are in the range already.
 
-        An address is reserved by its own key, a range by the segment's settings, which every grant compares.
+        An address is reserved by its own key, a range by the segment's settings, which every grant compares. Where a
+        stranger was found (a `conflict`), the operator's word ends the probation.
         """
         if what.size() > 1:
             kept = Reservation(range=str(what), note=note, by=self._who, since=_now())
@@ -199,12 +268,26 @@ class Operations:
         address = address_of(what.version, what.first)
         lease = Lease(kind=RESERVED, note=note, by=self._who, since=_now(), token=secrets.token_urlsafe(12))
         for found in self._attempts(segment, address):
-            if found is not None and found.lease.kind != RESERVED:
+            if found is not None and found.lease.kind not in (RESERVED, CONFLICT):
                 raise AddressTaken(f"{address} in segment {segment} is taken: {found.lease.told()}")
             key = self._keys.lease(segment, address)
             if self._commit({key: found.revision if found else 0}, [Put(key, encode(lease))], proof=key):
                 break
         return []
+
+    def reserve_for(self, address: Address, macs: Sequence[str], segment: str, note: str) -> str:
+        """Keep an address for the machine that uses it, when nobody has it or a `conflict` tells of that very machine.
+
+        Returns '', or who has it (by now).
+        """
+        lease = Lease(RESERVED, mac=macs[0], note=note, by=self._who, since=_now(), token=secrets.token_urlsafe(12))
+        for found in self._attempts(segment, address):
+            if found is not None and not (found.lease.kind == CONFLICT and found.lease.mac.lower() in macs):
+                return found.lease.told()
+            key = self._keys.lease(segment, address)
+            if self._commit({key: found.revision if found else 0}, [Put(key, encode(lease))], proof=key):
+                return ""
+        raise AssertionError("unreachable")
 
     def unreserve(self, what: Range, segment: str) -> None:
         """Undo `reserve`, also one that was written by hand in any spelling of the address."""
@@ -259,6 +342,15 @@ class Operations:
                 return lease
         raise AssertionError("unreachable")
 
+    def give_back_standby(self, host: str) -> int:
+        """Free what a host's daemon had claimed ahead of need, when it is gone for good. Returns how many it was.
+
+        It was given to nobody, so nothing is said of it in the history. One that has changed since it was read (a
+        container has got it) stays.
+        """
+        own = [each for each in self.leases() if each.lease.kind == STANDBY and each.lease.host == host]
+        return sum(self._commit({each.key: each.revision}, [Delete(each.key)]) for each in own)
+
     def change_segment(self, segment: str, change: Callable[[SegmentSettings], SegmentSettings]) -> SegmentSettings:
         """Change the settings of a segment for all hosts. What cannot be read is not overwritten."""
         key = self._keys.segment(segment)
@@ -302,6 +394,13 @@ class Operations:
 
     def _commit(self, expect: Mapping[str, int], writes: Sequence[Put | Delete], proof: str | None = None) -> bool:
         return self._etcd.commit(expect, writes, deadline=_deadline(), proof=proof).applied
+
+
+def _address(text: str) -> Address | None:
+    try:
+        return parse_address(text)
+    except ValueError:
+        return None
 
 
 def _forbidding(segment: str, settings: SegmentSettings | str | None, address: Address) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 
-LONGEST = 64  # characters of a name; the longest ones registered have twice as many
+LONGEST = 40  # characters of a name; the longest ones registered have three times as many
 
 #: A file, and what stands there between the line before and the name; {} is the prefix in upper case hexadecimal.
 SOURCES = (

@@ -294,9 +294,7 @@ class _Tracebacks(logging.Handler):
             self.seen.append(self.format(record))
 
 
-@settings(
-    max_examples=5000, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
-)
+@settings(max_examples=5000, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(method=st.sampled_from(ENDPOINTS), body=_bodies)
 def test_no_bytes_cause_a_traceback(fuzzed: Host, method: str, body: bytes) -> None:
     """Any byte string gets an answer: 200, or a refusal in one line; never a 500, never a traceback.

@@ -20,21 +20,31 @@ ALLOWED = {
     "decisions": {"addresses", "errors", "model"},
     "view": {"addresses", "errors", "model"},
     "interfaces": set(),
+    "packets": {"addresses"},
+    "wire": {"addresses", "errors", "interfaces", "packets"},
+    "scan": {"addresses", "errors", "interfaces", "packets", "wire"},
+    "vendors": set(),
     "etcd3_import": set(),
     "etcd": {"errors", "etcd3_import"},
     "config": {"addresses", "errors"},
     "metrics": set(),
     "embedded_etcd": {"errors"},
     "install": {"errors"},
-    "register": {"addresses", "decisions", "errors", "etcd", "model", "protocol", "view"},
+    "ledger": {"addresses", "decisions", "errors", "etcd", "model", "view"},
+    "neighbourhood": {"addresses", "errors", "interfaces", "model", "view", "wire"},
+    "claims": {"addresses", "decisions", "errors", "etcd", "ledger", "model", "neighbourhood", "view"},
+    "standby": {"addresses", "claims", "errors", "ledger", "model", "neighbourhood", "view", "wire"},
+    "register": {
+        "addresses", "claims", "decisions", "errors", "etcd", "ledger", "model", "neighbourhood", "protocol", "view",
+    },
     "operations": {"addresses", "errors", "etcd", "model"},
     "host": {"errors", "etcd", "interfaces", "model", "register", "view"},
     "app": {"errors", "metrics", "model", "protocol"},
     "daemon": {
-        "addresses", "app", "config", "embedded_etcd", "errors", "etcd", "host", "interfaces", "metrics", "model",
-        "register", "view",
+        "addresses", "app", "claims", "config", "embedded_etcd", "errors", "etcd", "host", "interfaces", "ledger",
+        "metrics", "model", "neighbourhood", "register", "standby", "vendors", "view", "wire",
     },
-    "cli": {"addresses", "config", "daemon", "errors", "install", "model", "operations"},
+    "cli": {"addresses", "config", "daemon", "errors", "host", "install", "model", "operations", "scan", "vendors"},
 }  # fmt: skip
 
 # Who may import a library, by its top-level name.
@@ -69,6 +79,7 @@ OWNERS = {
 PURE = {
     "errors": set(),
     "addresses": {"bisect", "collections", "ipaddress", "typing"},
+    "packets": {"dataclasses", "enum", "ipaddress", "struct"},
     "model": {"collections", "dataclasses", "datetime", "functools", "re", "typing"},
     "protocol": {"enum", "re", "typing"},
     "decisions": {"collections", "enum", "ipaddress", "typing"},

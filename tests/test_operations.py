@@ -15,7 +15,7 @@ import pytest
 
 from fakes import FakeEtcd, Fault, Writes
 from harness import KEYS, NAME, Host, Lan, bridge
-from ipam_plugin import cli, daemon
+from ipam_plugin import cli, daemon, install
 from ipam_plugin.addresses import parse_address
 from ipam_plugin.model import Alive, HostAddress, Lease, SegmentSettings, decode, encode
 from ipam_plugin.model import Host as HostRecord
@@ -242,6 +242,15 @@ def test_reserve_and_unreserve_a_range(run: Run, lan: Lan, a: Host, what: str) -
     assert a.run(pool, other) == other
 
 
+def test_reserve_where_a_stranger_was_found(run: Run, lan: Lan) -> None:
+    """The printer that a probe found is to stay: a word of the operator's, without a moment in which it is free."""
+    key = f"{KEYS.leases}default/192.168.1.140"
+    lan.put(key, '{"kind":"conflict","mac":"02:00:00:00:00:01","by":"a","since":"2026-11-22T10:00:00Z","token":"x"}')
+    assert run("reserve", "192.168.1.140", "--note", "printer").status == 0
+    lease = decode(lan.keys()[key], Lease)
+    assert (lease.kind, lease.note, lease.by.partition("@")[0]) == ("reserved", "printer", "eve")
+
+
 def test_reserve_what_is_taken(run: Run, lan: Lan, a: Host) -> None:
     """Refused with the holder named, status 1, nothing changed."""
     address = a.endpoint(a.create(), **{NAME: "web"}).ok["Address"].partition("/")[0]
@@ -387,6 +396,90 @@ def test_a_container_gets_the_address_first(run: Run, lan: Lan, a: Host) -> None
     told = run("reserve", "192.168.1.9")
     assert (told.status, given) == (1, ["192.168.1.9/24"])
     assert "on host a" in told.err
+
+
+# -------------------------------------------------------------------------------------- leaving for good
+
+
+@pytest.fixture
+def uninstall(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """`ipam-plugin uninstall` on a host whose daemon served as host `a`: what it says between stopping and removing.
+
+    What it does to the files of a system is in test_install.py, and the whole of it in test_boot.py.
+    """
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state/host").write_text("a\n")
+    (tmp_path / "config.yaml").write_text(
+        f"etcd: {{endpoints: [http://127.0.0.1:2379]}}\nhost: new\nstate_dir: {tmp_path}/state\n"
+    )
+    monkeypatch.setattr(install, "uninstall", lambda *, give_back: ["stopped", *give_back(), "removed"])
+
+    def said() -> list[str]:
+        told = run("uninstall")
+        assert (told.status, told.err) == (0, "")
+        first, *between, last = told.out.splitlines()
+        assert (first, last) == ("stopped", "removed")
+        return between
+
+    return said
+
+
+def test_uninstall_gives_this_hosts_standby_back(uninstall: Callable[[], list[str]], lan: Lan) -> None:
+    """P5: what a daemon claimed ahead of need is free when it goes; all else, and other hosts' standby, stays."""
+    standby = {"kind": "standby", "host": "a", "token": "x", "pool": "default/192.168.1.0/24"}
+    for place, lease in {
+        "default/192.168.1.3": standby,
+        "default/fd00::3": standby,
+        "lab/192.168.1.3": standby,
+        "default/192.168.1.4": standby | {"host": "b"},
+        "default/192.168.1.5": standby | {"kind": "endpoint"},
+        "default/192.168.1.6": standby | {"kind": "conflict", "host": "", "by": "a"},
+    }.items():
+        lan.put(f"{KEYS.leases}{place}", json.dumps(lease))
+    lan.put(f"{KEYS.leases}default/192.168.1.7", "junk")
+    assert uninstall() == ["standby addresses of host a given back: 3"]
+    left = [key.removeprefix(KEYS.leases) for key in sorted(lan.keys())]
+    assert left == [f"default/192.168.1.{number}" for number in (4, 5, 6, 7)]
+
+
+def test_a_standby_that_a_container_just_got_stays(uninstall: Callable[[], list[str]], lan: Lan) -> None:
+    """P1: only the revision that was read is deleted, so a conversion that was on its way is never undone."""
+    key = f"{KEYS.leases}default/192.168.1.3"
+    lan.put(key, '{"kind":"standby","host":"a"}')
+
+    def meanwhile(expect: Mapping[str, int], writes: Writes) -> Fault:
+        lan.etcd.on_commit = None
+        lan.put(key, '{"kind":"endpoint","host":"a"}')
+        return Fault.PASS
+
+    lan.etcd.on_commit = meanwhile
+    assert uninstall() == []
+    assert decode(lan.keys()[key], Lease).kind == "endpoint"
+
+
+def test_uninstall_goes_on_without_the_register(uninstall: Callable[[], list[str]], lan: Lan, tmp_path: Path) -> None:
+    """Whoever wants the program gone gets that, and one line with what is left to do and how."""
+    lan.etcd.set_down(True)
+    [line] = uninstall()
+    assert line.startswith("this host's standby addresses were not given back: etcd")
+    assert line.endswith("ipam-plugin leases --kind standby --host a, and ipam-plugin release ADDRESS --force for each")
+    (tmp_path / "config.yaml").write_text("etcd: 5\nprobe: half\n")
+    [line] = uninstall()
+    assert "etcd: expected keys and values, found 5; " in line
+    assert "probe: expected one of" in line
+    (tmp_path / "config.yaml").unlink()
+    [line] = uninstall()
+    assert "there is no such file" in line
+
+
+def test_a_host_that_never_served_has_nothing_to_give_back(
+    uninstall: Callable[[], list[str]], lan: Lan, tmp_path: Path
+) -> None:
+    """No name was kept, so no lease can be this host's; the register, down perhaps as ever, is not even asked."""
+    (tmp_path / "state/host").unlink()
+    lan.etcd.set_down(True)
+    assert uninstall() == []
+    assert sorted(path.name for path in (tmp_path / "state").iterdir()) == []
 
 
 # ------------------------------------------------------------------------------------ exit status, hostility

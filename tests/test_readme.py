@@ -35,6 +35,7 @@ TEXT = README.read_text()
 HOSTS = ("host1", "host2", "host3")
 CHECKOUT = "/root/ipam-plugin"
 SOCKET = "/run/ipam-plugin/ipam-plugin.sock"
+PRINTER = "192.168.77.140"  # of a machine that nobody has registered, as in the drawing
 TIMES: list[str] = []
 
 
@@ -176,6 +177,19 @@ def _sentence(node: ast.expr) -> str:
     return "…"
 
 
+def test_the_metrics_of_the_table_are_those_of_the_program() -> None:
+    """An alert on a metric that does not exist never fires; one that nobody describes is never watched."""
+    table = TEXT.partition("\n## Metrics")[2].partition("\n## ")[0]
+    described = re.findall(r"`(ipam_plugin_\w+)", table)
+    assert len(described) == len(set(described))
+    made = {
+        node.value
+        for node in ast.walk(ast.parse((ROOT / "ipam_plugin/metrics.py").read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("ipam_plugin_")
+    }
+    assert {name.removesuffix("_total") for name in described} == {name.removesuffix("_total") for name in made}
+
+
 def test_make_test_is_what_ci_runs() -> None:
     """The one command of README that cannot be typed here: it would type itself."""
     assert re.search(r"(?m)^test:", (ROOT / "Makefile").read_text())
@@ -265,6 +279,7 @@ class Lan:
         self.lab = lab
         self.hosts = {host.name: host for host in hosts}
         self.printer = lab.machines[0]
+        self.printer.add_address(PRINTER)
         self.before: list[str] = []
         self.typed = False
         self._options = options
@@ -334,6 +349,7 @@ def the_daemon_serves(lan: Lan, said: dict[str, str]) -> None:
         process = host.show("ipam-plugin.service", "MainPID")
         assert host(f"stat -c %U /proc/{process}").stdout == "ipam-plugin\n"
         score = host("systemd-analyze security --no-pager ipam-plugin.service").stdout.splitlines()[-1]
+        assert float(re.findall(r"level for \S+: ([0-9.]+) ", score)[0]) <= 1.8
         TIMES.append(f"{host.name}: {score.strip()}")
 
 
@@ -346,6 +362,64 @@ def every_host_is_alive(lan: Lan, said: dict[str, str]) -> None:
         until(lambda name=name: alive(name), 20, f"all hosts are alive, says {name}", pause=0.2)  # type: ignore[misc]
     table = lan.hosts["host1"]("ipam-plugin hosts").stdout
     assert re.findall(r"(?m)^(host\d) +yes ", table) == list(HOSTS)
+
+
+def standby_is_kept(lan: Lan, said: dict[str, str]) -> None:
+    """Two tested addresses for each host's network, on a wire that each daemon can hear."""
+
+    def kept(name: str) -> bool:
+        found = json.loads(lan.hosts["host1"](f"ipam-plugin leases --kind standby --host {name} -o json").stdout)
+        return len(found) == 2 and metrics(lan.hosts[name]).get("ipam_plugin_standby") == 2
+
+    for name, host in lan.hosts.items():
+        until(lambda name=name: kept(name), 30, f"{name} has its standby", pause=0.2)  # type: ignore[misc]
+        assert metrics(host)["ipam_plugin_wire_usable"] == 1
+    addresses = [each["address"] for each in json.loads(lan.hosts["host1"]("ipam-plugin leases -o json").stdout)]
+    assert PRINTER not in addresses
+    assert "ALARM" not in lan.hosts["host1"]("ipam-plugin hosts").stdout
+
+
+def metrics(host: BootedHost) -> dict[str, float]:
+    """What the daemon counts, by name; labels are added up."""
+    look = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:9179/metrics', timeout=10).read().decode())"
+    found: dict[str, float] = {}
+    for name, value in re.findall(r"(?m)^(ipam_plugin_\w+)(?:\{.*\})? (\S+)$", host(f'python3 -c "{look}"').stdout):
+        found[name] = found.get(name, 0) + float(value)
+    return found
+
+
+def the_printer_was_found(lan: Lan, said: dict[str, str]) -> None:
+    """The container with its address was refused, and the register says why, on every host."""
+    assert f"{PRINTER} in segment default is taken (conflict)" in said["host1"]
+    assert lan.printer.mac in said["host1"]
+    found = json.loads(lan.hosts["host2"]("ipam-plugin leases --kind conflict -o json").stdout)
+    assert [(each["address"], each["mac"], each["by"]) for each in found] == [(PRINTER, lan.printer.mac, "host1")]
+
+
+def somebody_has_it(lan: Lan, said: dict[str, str]) -> None:
+    assert "somebody has it" in said["host1"]
+    assert f"{PRINTER} of pool default/192.168.77.0/24 is in use on the wire: MAC {lan.printer.mac}" in said["host1"]
+
+
+def the_conflict_ended(lan: Lan, said: dict[str, str]) -> None:
+    assert f"{PRINTER} in segment default is free; it was a machine that is none of ours" in said["host1"]
+    assert json.loads(lan.hosts["host2"]("ipam-plugin leases --kind conflict -o json").stdout) == []
+
+
+def the_scan_found_everybody(lan: Lan, said: dict[str, str]) -> None:
+    rows = {words[0]: words for line in said["host1"].splitlines() if (words := line.split())}
+    assert rows[PRINTER][1] == lan.printer.mac
+    # A daemon in search of standby may have met it just before.
+    assert {"stranger", "conflict"} & set(rows[PRINTER])
+    for host in lan.hosts.values():
+        assert (rows[host.place.ipv4][1], "host" in rows[host.place.ipv4]) == (host.place.mac, True)
+        assert "endpoint" in rows[address_of(host, "web1")]
+
+
+def the_printer_is_reserved(lan: Lan, said: dict[str, str]) -> None:
+    found = json.loads(lan.hosts["host2"]("ipam-plugin leases --kind reserved -o json").stdout)
+    assert [each["address"] for each in found] == [PRINTER]
+    assert lan.printer.mac in found[0]["note"]
 
 
 def address_of(host: BootedHost, container: str) -> str:
@@ -403,6 +477,7 @@ def the_router(lan: Lan, said: dict[str, str]) -> None:
 
 
 def taken_back(lan: Lan, said: dict[str, str]) -> None:
+    assert json.loads(lan.hosts["host1"]("ipam-plugin leases --kind standby --host host3 -o json").stdout) == []
     assert "ipam-plugin.socket and ipam-plugin.service stopped and disabled" in said["host3"]
     host = lan.hosts["host3"]
     assert host(f"ls {SOCKET} /usr/local/bin/ipam-plugin /etc/docker/plugins", check=False).stdout == ""
@@ -436,7 +511,13 @@ CHECKS: dict[tuple[str, str], Callable[[Lan, dict[str, str]], None]] = {
     ("every host", "systemctl enable --now ipam-plugin.socket"): the_daemon_serves,
     ("every host", "ipam-plugin hosts"): every_host_is_alive,
     ("every host", "docker run --detach --network lan --name web1"): containers_answer,
+    ("host1", "ipam-plugin segment default --router"): standby_is_kept,
     ("host1", "ipam-plugin show 192.168.77.254"): the_router,
+    ("host1", f"docker run --rm --network lan --ip {PRINTER}"): somebody_has_it,
+    ("host1", f"ipam-plugin show {PRINTER}"): the_printer_was_found,
+    ("host1", f"ipam-plugin release {PRINTER}"): the_conflict_ended,
+    ("host1", "ipam-plugin scan"): the_scan_found_everybody,
+    ("host1", "ipam-plugin scan 192.168.77.128/28"): the_printer_is_reserved,
     ("host1", "ipam-plugin show 192.168.77.141"): a_reservation,
     ("host1", "docker run --detach --network lan --ip 192.168.77.200"): the_fixed_address_answers,
     ("host2", "docker network create --driver bridge --ipam-driver ipam-plugin --subnet"): in_the_range,
