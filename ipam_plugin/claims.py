@@ -11,13 +11,13 @@ need is in the stock (filled by standby.py), and a request takes it from there.
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import logging
 import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 from ipam_plugin import decisions
@@ -456,7 +456,7 @@ class Claims:
         more += f"; standby of {', '.join(late)} was asked for and did not come back in time" if late else ""
         raise PoolExhausted(f"{full}{more}")
 
-    @contextmanager
+    @contextlib.contextmanager
     def _wanted(self, pool: Pool, deadline: float) -> Iterator[None]:
         """While it lasts, a key asks the other hosts for their standby in this pool's range."""
         key = self._keys.want(pool, self._host)
@@ -464,7 +464,8 @@ class Claims:
             self._wanting[pool.id] = self._wanting.get(pool.id, 0) + 1
         try:
             seconds = math.ceil(max(0.0, deadline - time.monotonic())) + WANTED_GRACE
-            self._ledger.write_for(seconds, key, b"{}", deadline)
+            with contextlib.suppress(OutcomeUnknown):  # written or not, nobody's address hangs on it
+                self._ledger.write_for(seconds, key, b"{}", deadline)
             self.on_taken()
             yield
         finally:
@@ -485,7 +486,7 @@ class Claims:
             mine = pool.id in self._wanting
         return mine or self._view.wanted_of(pool, self._host)
 
-    @contextmanager
+    @contextlib.contextmanager
     def closed(self, pool: Pool, deadline: float) -> Iterator[None]:
         """The last network of this pool goes: its claims are given back, and no more are made meanwhile."""
         tokens = set(self._stock.close(pool.id))

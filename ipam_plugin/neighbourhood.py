@@ -27,9 +27,10 @@ log = logging.getLogger(__name__)
 LIVE_PATIENCE = 1.0  # seconds for hearing one of the machines that show that the wire lives
 DEAD_FOR = 5.0  # seconds for which a wire on which none of them answered is not asked again
 MARGIN = 0.2  # seconds of a deadline that are kept for what follows a look
-# Further addresses that nobody should have: a machine that answers for these as well (three in a row, design
-# section 7) answers for everything. They are drawn from the whole subnet, since a server may well have three in a row.
-CONTROLS = 2
+# Further addresses that nobody should have: a machine that answers for these as well (three in a row at least, design
+# section 7) answers for everything. They are drawn from the whole subnet, since a server may well have some in a row;
+# more than needed, since a proxy answers at once and anybody else is told from it by the first silence.
+CONTROLS, CONTROLS_NEEDED = 5, 2
 CARRIER_FOR = 5.0  # seconds for which the interface of a subnet stays known, unless the interfaces change
 KERNEL_PATIENCE = 5.0  # seconds; the kernel may hold its lock for so long while it takes down a large namespace
 
@@ -127,7 +128,7 @@ class Neighbourhood:
 
     def _ask(self, wire: Wire, pool: Pool, address: Address, deadline: float, thorough: bool) -> Look:
         times = FULL if thorough else FAST
-        late = ProbeFailed(f"{address} of pool {pool}: no time is left to look for it on {wire.interface}; try again")
+        late = _late(wire, pool, address)
         if time.monotonic() + times.longest + MARGIN > deadline:
             raise late
         with self._lock:
@@ -153,11 +154,11 @@ class Neighbourhood:
 
     def _answers_for_everything(self, wire: Wire, pool: Pool, address: Address, mac: str, deadline: float) -> bool:
         controls = self._view.unused(pool, CONTROLS, but=address)
-        if len(controls) < CONTROLS:
+        if len(controls) < CONTROLS_NEEDED:
             return False
         for control in controls:
             if time.monotonic() + FAST.longest + MARGIN > deadline:
-                return False
+                raise _late(wire, pool, address)  # else a proxy would be written down as a conflict
             outcome = wire.probe(control, FAST, deadline=deadline)
             if not isinstance(outcome, InUse) or outcome.mac != mac:
                 return False
@@ -279,6 +280,10 @@ class Neighbourhood:
             wires, self._wires = list(self._wires.values()), {}
         for each in wires:
             each.close()
+
+
+def _late(wire: Wire, pool: Pool, address: Address) -> ProbeFailed:
+    return ProbeFailed(f"{address} of pool {pool}: no time is left to look for it on {wire.interface}; try again")
 
 
 def _proxy(mac: str, interface: str) -> str:

@@ -222,6 +222,9 @@ class Keeper:
     def _tend(self, pool: Pool) -> None:
         goal = self._goal(pool)
         ready = [slot for slot in self._stock.of(pool.id) if not self._is_lost(slot)]
+        for slot in ready:
+            if self._view.forbids(pool.segment, slot.address):  # excluded or reserved since
+                self._give_back(slot)
         for slot in ready[goal:]:
             self._give_back(slot)
         now = time.monotonic()

@@ -8,6 +8,7 @@ whole between threads; no promise rests on it.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import heapq
@@ -30,7 +31,6 @@ from ipam_plugin.addresses import (
     parse_address,
     parse_range,
     range_of,
-    usable_range,
 )
 from ipam_plugin.errors import Refused
 from ipam_plugin.model import (
@@ -644,10 +644,13 @@ class View:
             family = self._segment(pool.segment).families[where.version]
             forbidden = self._forbidden_in(pool)
             usable = where.size() - forbidden.count(where.first, where.last)
-            standby = family.kinds.get(STANDBY, AddressSet()).count(where.first, where.last)
-            both = sum(family.taken.count(first, last) for first, last in forbidden)
-            taken = family.taken.count(where.first, where.last) - both
-            return 1.0 if usable <= 0 else (taken - standby) / usable
+            standby = family.kinds.get(STANDBY, AddressSet())
+
+            def gone(first: int, last: int) -> int:
+                return family.taken.count(first, last) - standby.count(first, last)
+
+            taken = gone(where.first, where.last) - sum(gone(first, last) for first, last in forbidden)
+            return 1.0 if usable <= 0 else taken / usable
 
     def wanted_of(self, pool: Pool, host: str) -> bool:
         """Whether another host asks for standby in this pool's range."""
@@ -679,11 +682,12 @@ class View:
 
     def unused(self, pool: Pool, count: int, but: Address) -> list[Address]:
         """Some addresses of the subnet that the register knows nothing of, spread over it: nobody should have them."""
-        usable = usable_range(pool.subnet)
+        whole = dataclasses.replace(pool, range=None)
+        usable = whole.candidates
         found: set[int] = set()
         with self._changed:
             family = self._segment(pool.segment).families[usable.version]
-            forbidden = self._forbidden_in(pool)
+            forbidden = self._forbidden_in(whole)
             for _ in range(POINTS * count):
                 point = usable.first + self._draw(pool, usable.size())
                 if point not in family.avoid and point not in family.pending and point not in forbidden:

@@ -110,27 +110,39 @@ def drop(lease: Lease | None, claim: Claim) -> Decision:
     return decisions.drop_pool(lease, claim, False, False)
 
 
-REQUESTS = (grant, decisions.share, bridge_new, bridge_carried, own, give_back, drop)
+def end_conflict(lease: Lease | None, claim: Claim) -> Decision:
+    return decisions.end_conflict(lease, claim, "old-token")
+
+
+def renew_conflict(lease: Lease | None, claim: Claim) -> Decision:
+    return decisions.renew_conflict(lease, claim, "old-token", decisions.found_in_use(claim, CARD, ""))
+
+
+REQUESTS = (
+    grant, decisions.share, bridge_new, bridge_carried, own, give_back, drop,
+    decisions.claim_ahead, end_conflict, renew_conflict,
+)  # fmt: skip
 T = "taken"
 TABLE = {
-    # kind, holder: endpoint, shared, bridge (new), bridge (carried), own address, release, network removed
-    (None, ""): (ENDPOINT, ROUTER, HOST, HOST, HOST, KEEP, KEEP),
-    (ENDPOINT, ME): (T, ENDPOINT, T, T, T, FREE, KEEP),
-    (ENDPOINT, OTHER): (T, T, T, T, T, KEEP, KEEP),
-    (HOST, ME): (T, HOST, HOST, HOST, HOST, KEEP, KEEP),
-    (HOST, OTHER): (T, KEEP, T, T, T, KEEP, KEEP),
-    (ROUTER, ME): (T, ROUTER, T, KEEP, KEEP, FREE, FREE),
-    (ROUTER, OTHER): (T, ROUTER, T, KEEP, KEEP, KEEP, KEEP),
-    (RESERVED, ME): (T, KEEP, T, KEEP, KEEP, KEEP, KEEP),
-    (RESERVED, OTHER): (T, KEEP, T, KEEP, KEEP, KEEP, KEEP),
-    (CONFLICT, ME): (T, ROUTER, T, T, T, KEEP, KEEP),
-    (CONFLICT, OTHER): (T, ROUTER, T, T, T, KEEP, KEEP),
-    (STANDBY, ME): (ENDPOINT, ROUTER, HOST, HOST, HOST, KEEP, KEEP),
-    (STANDBY, OTHER): (T, T, T, T, T, KEEP, KEEP),
-    (HELD, ME): (ENDPOINT, ROUTER, HOST, HOST, HOST, KEEP, KEEP),
-    (HELD, OTHER): (T, T, T, T, T, KEEP, KEEP),
-    (UNREADABLE, ME): (T, KEEP, T, KEEP, KEEP, KEEP, KEEP),
-    (UNREADABLE, OTHER): (T, KEEP, T, KEEP, KEEP, KEEP, KEEP),
+    # kind, holder: endpoint, shared, bridge (new), bridge (carried), own address, release, network removed,
+    # claimed ahead of a look, a stranger silent after its probation, one that answers again
+    (None, ""): (ENDPOINT, ROUTER, HOST, HOST, HOST, KEEP, KEEP, STANDBY, KEEP, KEEP),
+    (ENDPOINT, ME): (T, ENDPOINT, T, T, T, FREE, KEEP, T, KEEP, KEEP),
+    (ENDPOINT, OTHER): (T, T, T, T, T, KEEP, KEEP, T, KEEP, KEEP),
+    (HOST, ME): (T, HOST, HOST, HOST, HOST, KEEP, KEEP, T, KEEP, KEEP),
+    (HOST, OTHER): (T, KEEP, T, T, T, KEEP, KEEP, T, KEEP, KEEP),
+    (ROUTER, ME): (T, ROUTER, T, KEEP, KEEP, FREE, FREE, T, KEEP, KEEP),
+    (ROUTER, OTHER): (T, ROUTER, T, KEEP, KEEP, KEEP, KEEP, T, KEEP, KEEP),
+    (RESERVED, ME): (T, KEEP, T, KEEP, KEEP, KEEP, KEEP, T, KEEP, KEEP),
+    (RESERVED, OTHER): (T, KEEP, T, KEEP, KEEP, KEEP, KEEP, T, KEEP, KEEP),
+    (CONFLICT, ME): (T, ROUTER, T, T, T, KEEP, KEEP, STANDBY, FREE, CONFLICT),
+    (CONFLICT, OTHER): (T, ROUTER, T, T, T, KEEP, KEEP, STANDBY, FREE, CONFLICT),
+    (STANDBY, ME): (ENDPOINT, ROUTER, HOST, HOST, HOST, KEEP, KEEP, STANDBY, KEEP, KEEP),
+    (STANDBY, OTHER): (T, T, T, T, T, KEEP, KEEP, T, KEEP, KEEP),
+    (HELD, ME): (ENDPOINT, ROUTER, HOST, HOST, HOST, KEEP, KEEP, STANDBY, KEEP, KEEP),
+    (HELD, OTHER): (T, T, T, T, T, KEEP, KEEP, T, KEEP, KEEP),
+    (UNREADABLE, ME): (T, KEEP, T, KEEP, KEEP, KEEP, KEEP, T, KEEP, KEEP),
+    (UNREADABLE, OTHER): (T, KEEP, T, KEEP, KEEP, KEEP, KEEP, T, KEEP, KEEP),
 }
 
 
@@ -185,6 +197,11 @@ def decided(draw: st.DrawFn) -> tuple[Lease | None, Claim, Any]:
         lambda: decisions.register_own(lease, claim, carrier),
         lambda: decisions.give_back(lease, claim, draw(st.sampled_from(("old-token", ""))), draw(flags), draw(flags)),
         lambda: decisions.drop_pool(lease, claim, draw(flags), draw(flags)),
+        lambda: decisions.claim_ahead(lease, claim),
+        lambda: decisions.end_conflict(lease, claim, draw(st.sampled_from(("old-token", "")))),
+        lambda: decisions.renew_conflict(
+            lease, claim, draw(st.sampled_from(("old-token", ""))), decisions.found_in_use(claim, CARD, "Acme")
+        ),
     )
     try:
         return lease, claim, draw(st.sampled_from(calls))()
@@ -197,12 +214,16 @@ def decided(draw: st.DrawFn) -> tuple[Lease | None, Claim, Any]:
 
 @given(decided())
 def test_nobody_elses_address_changes_hands(case: tuple[Lease | None, Claim, Any]) -> None:
-    """P1, P3: whatever is asked, the endpoint, standby, hold or own address of another host stays as it is."""
+    """P1, P3: whatever is asked, the endpoint, standby, hold or own address of another host stays as it is.
+
+    Only the very interface that carries it (its MAC), unused by any network, is this host under an earlier name.
+    """
     lease, _, decision = case
     if lease is not None and lease.host != ME and lease.kind in (ENDPOINT, STANDBY, HELD):
         assert decision in (None, KEEP)
     if lease is not None and lease.host != ME and lease.kind == HOST and isinstance(decision, Lease):
-        assert (decision.kind, decision.host) == (HOST, lease.host)
+        renamed = bool(lease.mac) and lease.mac == decision.mac and not lease.holders
+        assert (decision.kind, decision.host) == (HOST, ME if renamed and decision.host == ME else lease.host)
 
 
 @given(decided())
@@ -240,7 +261,13 @@ def test_every_new_grant_has_a_new_token(case: tuple[Lease | None, Claim, Any]) 
     """P3: a release that was meant for an earlier lease of the address can never match a later one."""
     lease, claim, decision = case
     if isinstance(decision, Lease):
-        same = lease is not None and decision.kind == lease.kind
+        # A claim that is made anew, and a stranger that is seen anew, are new ones too: what was begun with the old
+        # token (a conversion that hangs, the end of a probation) must not match them.
+        same = (
+            lease is not None
+            and (decision.kind, decision.host) == (lease.kind, lease.host)
+            and decision.kind not in (STANDBY, CONFLICT)
+        )
         assert decision.token == (lease.token if same and lease is not None else claim.token)
 
 
@@ -270,6 +297,36 @@ def test_a_release_with_another_token_changes_nothing(
 ) -> None:
     """P3: the fence. A late or repeated release meets a lease with another token, and leaves it."""
     assert decisions.give_back(lease, claim, lease.token + token, is_carried, kept) is KEEP
+
+
+@given(st.none() | any_lease, claims, st.text(min_size=1, max_size=5))
+def test_only_the_very_conflict_that_was_looked_at_ends(lease: Lease | None, claim: Claim, token: str) -> None:
+    """P3: any living daemon may end or renew a conflict, by its proof; one that was seen anew meanwhile it may not."""
+    other = (lease.token if lease else "") + token
+    again = decisions.found_in_use(claim, CARD, "")
+    assert decisions.end_conflict(lease, claim, other) is KEEP
+    assert decisions.renew_conflict(lease, claim, other, again) is KEEP
+    if lease is not None:
+        ended = decisions.end_conflict(lease, claim, lease.token)
+        assert (ended is FREE) == (lease.kind == CONFLICT)
+        assert decisions.renew_conflict(lease, claim, lease.token, again) == (again if ended is FREE else KEEP)
+
+
+@given(st.none() | any_lease, claims)
+def test_a_claim_is_what_an_endpoint_may_be_made_of(lease: Lease | None, claim: Claim) -> None:
+    """Section 7: whatever may be claimed becomes this host's standby, which its request alone can convert; whoever may
+    not have the address as it stands may not claim it either, but for a stranger's, which is looked at anew.
+    """
+    claimed = outcome(decisions.claim_ahead, lease, claim)
+    if lease is None or lease.kind != CONFLICT:
+        assert (claimed == STANDBY) == (outcome(grant, lease, claim) == ENDPOINT)
+    if claimed == STANDBY:
+        standby = decisions.claim_ahead(lease, claim)
+        assert isinstance(standby, Lease)
+        assert (standby.host, standby.pool, standby.token) == (ME, claim.pool.id, claim.token)
+        assert outcome(grant, standby, claim) == ENDPOINT
+        assert outcome(grant, standby, claim._replace(host=OTHER)) == "taken"
+        assert outcome(decisions.claim_ahead, standby, claim._replace(host=OTHER)) == "taken"
 
 
 @given(any_lease, claims, flags, flags)
@@ -331,10 +388,19 @@ def test_an_endpoint_says_who_has_it() -> None:
     )
 
 
-def test_an_orphan_of_this_host_is_refused_with_the_cure() -> None:
+@pytest.mark.parametrize("decide", [grant, decisions.claim_ahead])
+def test_an_orphan_of_this_host_is_refused_with_the_cure(decide: Any) -> None:
     """Section 5: that nobody has it any more is proven by a look at dockerd, never by the request itself."""
     with pytest.raises(AddressTaken, match=r"a container on host here.*free it with: ipam-plugin release 10\.0\.0\.5"):
-        grant(lease_of(ENDPOINT, ME), CLAIM)
+        decide(lease_of(ENDPOINT, ME), CLAIM)
+
+
+def test_a_conflict_says_what_was_seen() -> None:
+    """Section 4: which MAC, made by whom, seen by which host and when; it is held by nobody."""
+    found = decisions.found_in_use(CLAIM, CARD, "Acme")
+    assert found == Lease(CONFLICT, mac=CARD, vendor="Acme", by=ME, since=CLAIM.now, token=CLAIM.token)
+    for part in (CARD, "Acme", "seen by host here", CLAIM.now):
+        assert part in found.told()
 
 
 def test_a_router_as_gateway_of_a_bridge_is_refused_with_the_cure() -> None:

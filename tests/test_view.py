@@ -6,6 +6,8 @@ import contextlib
 import datetime
 import ipaddress
 import re
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,10 +19,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from ipam_plugin.addresses import AddressSet, Range, address_of, parse_range
 from ipam_plugin.model import (
+    CONFLICT,
     ENDPOINT,
     HOST,
     KINDS,
     ROUTER,
+    STANDBY,
     History,
     Host,
     HostAddress,
@@ -32,6 +36,7 @@ from ipam_plugin.model import (
     SegmentSettings,
     Tenancy,
     encode,
+    read_lease,
     rfc3339,
 )
 from ipam_plugin.view import Full, Local, View
@@ -302,7 +307,7 @@ class ViewOfRegister(RuleBasedStateMachine):
         """The first of these; where it follows another host's address, any that is as good: that host goes on there."""
         first = expected[0]
         before = self.etcd.get(KEYS.lease(pool.segment, address_of(pool.subnet.version, first - 1)))
-        if first == pool.candidates.first or before is None or b'"host":"here"' in before[0]:
+        if before is None or b'"host":"here"' in before[0]:
             return {first}
         return set(expected) - self.resting(pool) or set(expected)
 
@@ -362,6 +367,7 @@ class ViewOfRegister(RuleBasedStateMachine):
         size, parts = full.counts.split(" addresses: ")
         assert int(size) == where.size()
         assert sum(map(int, re.findall(r"(\d+) ", parts))) == len(gone)
+        self.look_at_standby(pool, set(range(where.first, where.last + 1)))
         aliases = {number for number in self.taken(pool) if self.typed_otherwise(pool, number)}
         for number in range(where.first, where.last + 1):
             address = address_of(where.version, number)
@@ -369,6 +375,23 @@ class ViewOfRegister(RuleBasedStateMachine):
             barred = number in self.forbidden(pool) and not excluded
             if not excluded:
                 assert bool(self.view.forbids(pool.segment, address)) == (barred or number in aliases)
+
+    def look_at_standby(self, pool: Pool, inside: set[int]) -> None:
+        """What the keeper of standby asks: whether anything is free, how full the pool is, whose standby is there."""
+        usable = inside - self.forbidden(pool)
+        standby = {
+            number
+            for number in inside & self.taken(pool)
+            for stored in [self.etcd.get(KEYS.lease(pool.segment, address_of(pool.subnet.version, number)))]
+            if stored is not None and read_lease(stored[0]).kind == STANDBY
+        }
+        assert self.view.has_free(pool) == bool(self.expected(pool))
+        used = len((self.taken(pool) - standby) & usable)
+        assert self.view.fill(pool) == (used / len(usable) if usable else 1.0)
+        assert {int(address) for address, _ in self.view.standby_in(pool)} == standby & usable
+        told = [int(each) for segment, each, _ in self.view.of_kind(STANDBY) if segment == pool.segment]
+        assert {number for number in told if number in inside} == standby
+        assert len(told) == len(set(told))
 
     def typed_otherwise(self, pool: Pool, number: int) -> bool:
         last = number % 16
@@ -664,3 +687,210 @@ def test_an_address_that_rests_goes_on_resting() -> None:
     view.apply([(lease_key(5), None, 102)], 102)
     with all_candidates(view, V4) as (found, _):
         assert found[-1] == int(address)
+
+
+# --- the wire and standby ------------------------------------------------------------------------------
+
+
+def address(last: int) -> ipaddress.IPv4Address:
+    return ipaddress.IPv4Address(number_of(4, last))
+
+
+def test_who_should_be_on_the_lan() -> None:
+    """Section 7: the wire lives where one of them is heard: the segment's routers first, then the hosts that live, in
+    this subnet, and not this host itself. What cannot be read, and hosts of other segments, are left out.
+    """
+
+    def record(name: str, *told: str, segments: tuple[str, ...] = ()) -> tuple[str, bytes]:
+        addresses = tuple(HostAddress(each, 28, "br0") for each in told)
+        return KEYS.host(name), encode(Host(name, addresses=addresses, segments=segments))
+
+    view = fed(
+        record("here", "10.0.0.2"),
+        record("there", "10.0.0.3", "10.0.9.3", "fd00::3", "nonsense"),
+        record("off", "10.0.0.4"),
+        record("far", "10.0.0.5", segments=("wan",)),
+        *((KEYS.heartbeat(name), b"{}") for name in ("here", "there", "far")),
+        (KEYS.segment("lan"), b'{"router":["10.0.0.1","10.0.9.1"]}'),
+    )
+    assert [str(each) for each in view.peers("lan", V4.subnet, "here")] == ["10.0.0.1", "10.0.0.3"]
+    assert [str(each) for each in view.peers("lan", V6.subnet, "here")] == ["fd00::3"]
+    assert view.is_alive("there")
+    assert not view.is_alive("off")
+    view.apply([(KEYS.heartbeat("there"), None, 101)], 101)
+    assert [str(each) for each in view.peers("lan", V4.subnet, "here")] == ["10.0.0.1"]
+    view.reset([], 102)
+    assert not view.is_alive("here")
+
+
+def test_macs_that_are_no_strangers() -> None:
+    """Section 7: registered hosts', for as long as they are; and of leases that ended less than two minutes ago, by the
+    clock of whoever ended them, but no longer than that from now. Only containers' are remembered.
+    """
+    now = [float(START)]
+    view = View(KEYS, "here", lambda segment: Local(cooldown=0.0), lambda: now[0])
+
+    def ended(kind: str, mac: str, ago: float, last: int, revision: int) -> tuple[str, bytes, int]:
+        until = rfc3339(datetime.datetime.fromtimestamp(now[0] - ago, datetime.UTC))
+        return KEYS.past("lan", address(last)), encode(History((Tenancy(kind, mac=mac, until=until),))), revision
+
+    hosts = encode(
+        Host("there", addresses=(HostAddress("10.0.0.2", 28, "br0", "aa"), HostAddress("x", 28, "br1", "bb")))
+    )
+    view.reset(
+        [
+            (KEYS.host("there"), hosts, 2),
+            ended(ENDPOINT, "lately", 100, 5, 3),
+            ended(ENDPOINT, "ahead", -86_400, 6, 4),
+            ended(ENDPOINT, "long ago", 121, 7, 5),
+            ended(CONFLICT, "stranger", 1, 8, 6),
+        ],
+        10,
+    )
+    assert view.host_macs() == {"aa", "bb"}
+    assert [mac for mac in ("aa", "bb", "lately", "ahead", "long ago", "stranger", "") if view.is_ours(mac)] == [
+        "aa", "bb", "lately", "ahead",
+    ]  # fmt: skip
+    now[0] += 30
+    assert not view.is_ours("lately")
+    now[0] += 91
+    assert not view.is_ours("ahead")
+    view.apply([ended(ENDPOINT, "lately", 0, 9, 11), (KEYS.host("there"), None, 12)], 12)
+    assert view.is_ours("lately")
+    assert not view.is_ours("aa")
+
+
+def test_macs_of_ended_leases_are_bounded() -> None:
+    """However many containers end, the oldest are forgotten."""
+    view = fed()
+    until = rfc3339(datetime.datetime.fromtimestamp(START, datetime.UTC))
+    for number in range(5000):
+        value = encode(History((Tenancy(ENDPOINT, mac=f"mac-{number}", until=until),)))
+        view.apply([(KEYS.past("lan", address(5)), value, 101 + number)], 101 + number)
+    assert not view.is_ours("mac-0")
+    assert view.is_ours("mac-4999")
+    assert sum(view.is_ours(f"mac-{number}") for number in range(5000)) == 4096
+
+
+def test_leases_of_a_kind() -> None:
+    """In every segment and of both IP versions, of one host or of all, with what a transaction compares."""
+    view = fed(
+        (lease_key(5), encode(Lease(STANDBY, "here", token="t5"))),
+        (lease_key(6), encode(Lease(STANDBY, "there"))),
+        (lease_key(7), encode(Lease(ENDPOINT, "here"))),
+        (KEYS.lease("wan", ipaddress.ip_address("fd00::5")), encode(Lease(STANDBY, "here"))),
+    )
+    found = view.of_kind(STANDBY, "here")
+    assert [(segment, str(each)) for segment, each, _ in found] == [("lan", "10.0.0.5"), ("wan", "fd00::5")]
+    assert (found[0][2].token, found[0][2].revision) == ("t5", 2)
+    assert [str(each) for _, each, _ in view.of_kind(STANDBY)] == ["10.0.0.5", "10.0.0.6", "fd00::5"]
+    assert view.of_kind(CONFLICT) == []
+    assert [(str(each), entry.host) for each, entry in view.standby_in(V4)] == [
+        ("10.0.0.5", "here"), ("10.0.0.6", "there"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("used", "standby", "expected"), [(0, 0, 0.0), (7, 0, 0.5), (7, 7, 0.5), (14, 0, 1.0), (0, 14, 0.0)]
+)
+def test_how_full_a_pool_is(used: int, standby: int, expected: float) -> None:
+    """Section 7: over 80 % nobody keeps standby; standby itself makes a pool no fuller."""
+    leases = [*[Lease(ENDPOINT, "there")] * used, *[Lease(STANDBY, "there")] * standby]
+    assert fed(*((lease_key(1 + place), encode(each)) for place, each in enumerate(leases))).fill(V4) == expected
+
+
+def test_a_pool_without_any_address_is_full() -> None:
+    """Nothing is divided by nothing."""
+    view = fed((KEYS.segment("lan"), b'{"exclude":["10.0.0.0/28"]}'))
+    assert view.fill(V4) == 1.0
+    assert not view.has_free(V4)
+
+
+@pytest.mark.parametrize(
+    ("asking", "wanted"),
+    [
+        ("lan/10.0.0.0/28", True),
+        ("lan/10.0.0.0/24/10.0.0.14/32", True),  # another network, whose range meets this one
+        ("lan/10.0.0.0/24/10.0.0.16/28", False),
+        ("wan/10.0.0.0/28", False),
+        ("lan/fd00::/124", False),
+        ("nonsense", False),
+        ("lan/10.0.0.0/99", False),
+    ],
+)
+def test_standby_that_is_asked_for(asking: str, wanted: bool) -> None:
+    """Section 7: another host's key asks for standby in every pool whose range meets its own; junk asks for nothing."""
+    view = fed()
+    told: list[bool] = []
+    view.on_wanted = lambda: told.append(view.wanted_of(V4, "here"))
+    view.apply([(f"{KEYS.wanted}{asking}/there", b"{}", 101)], 101)
+    assert told == [wanted]
+    assert not view.wanted_of(V4, "there"), "its own key asks nothing of a host"
+    view.apply([(f"{KEYS.wanted}{asking}/here", b"{}", 102), (f"{KEYS.wanted}{asking}/there", None, 103)], 103)
+    assert not view.wanted_of(V4, "here")
+    assert told == [wanted, False]
+    view.apply([(f"{KEYS.wanted}{asking}/there", b"{}", 104)], 104)
+    view.reset([], 105)
+    assert not view.wanted_of(V4, "here")
+
+
+def test_addresses_that_nobody_should_have() -> None:
+    """For telling proxy ARP from a machine: of the whole subnet, not the range; nothing that is taken, that rests, that
+    is being tried or that may not be given; not the one in question; others on every call; fewer where there are few.
+    """
+    wide = Pool.make("10.0.0.0/24", "10.0.0.8/29", {}, "lan")
+    view = fed(
+        *((lease_key(last), encode(Lease(ENDPOINT, "there"))) for last in range(1, 100)),
+        (KEYS.segment("lan"), b'{"exclude":["10.0.0.100-10.0.0.150"],"router":"10.0.0.254"}'),
+    )
+    view.skip("lan", address(200), 60)
+    drawn = [each for _ in range(50) for each in view.unused(wide, 2, but=address(201))]
+    assert {int(each) - number_of(4, 0) for each in drawn} <= set(range(151, 254)) - {200, 201}
+    assert len(set(drawn)) > 30
+    assert all(len(set(view.unused(wide, 2, but=address(201)))) == 2 for _ in range(20))
+    small = Pool.make("10.0.0.252/30", "", {}, "lan")
+    assert set(view.unused(small, 2, but=address(254))) <= {address(253)}
+    with view.candidate(V4) as being_tried:
+        assert isinstance(being_tried, Full)
+    with view.candidate(small) as being_tried:
+        assert being_tried == address(253)
+        assert view.unused(small, 2, but=address(254)) == []
+
+
+def test_an_address_that_is_skipped() -> None:
+    """A rumour: left alone for a while, as long as there are others. It never ends a rest that is longer."""
+    now = [float(START)]
+    view = View(KEYS, "here", lambda segment: Local(cooldown=float(COOLDOWN)), lambda: now[0])
+    freed = rfc3339(datetime.datetime.fromtimestamp(START, datetime.UTC))
+    view.reset([(KEYS.past("lan", address(6)), encode(History((Tenancy(ENDPOINT, until=freed),))), 5)], 5)
+    for last in (5, 6):
+        view.skip("lan", address(last), 60)
+    with all_candidates(view, V4) as (found, _):
+        assert set(found[-2:]) == {number_of(4, 5), number_of(4, 6)}
+        assert len(found) == 14
+    now[0] += 61
+    for _ in range(3):
+        first_offer(view, V4)  # so that it is not the last one of the round by chance
+    with all_candidates(view, V4) as (found, _):
+        assert found[-1] == number_of(4, 6)
+    now[0] += COOLDOWN
+    assert view.has_free(V4)
+    assert not view._segment("lan").families[4].resting
+
+
+def test_waiting_for_a_condition() -> None:
+    """It is looked at when the view changes and every now and then, since it may depend on more; until its time."""
+    view = fed()
+    assert view.wait_until(lambda: True, time.monotonic() - 1)
+    began = time.monotonic()
+    assert not view.wait_until(lambda: False, began + 0.15)
+    assert 0.1 < time.monotonic() - began < 2
+    elsewhere = threading.Event()
+    timer = threading.Timer(0.05, elsewhere.set)
+    timer.start()
+    assert view.wait_until(elsewhere.is_set, time.monotonic() + 10)
+    timer.join()
+    writer = threading.Timer(0.05, view.apply, args=([(lease_key(5), encode(Lease(STANDBY, "here")), 101)], 101))
+    writer.start()
+    assert view.wait_until(lambda: view.of_kind(STANDBY) != [], time.monotonic() + 10)
+    writer.join()
