@@ -320,7 +320,7 @@ def test_probe_off(case: Case) -> None:
 
 
 def test_three_in_a_row_is_proxy_arp(case: Case) -> None:
-    """Section 7: the address and more that nobody has, answered by one MAC: nothing is known, and an alarm says what to do."""
+    """Section 7: one MAC answers for the address and for more that nobody has: an alarm, and nothing is known."""
     case.lan.proxy = PRINTER
     look = case.look()
     assert (look.verdict, look.mac) == (Verdict.UNKNOWN, PRINTER)
