@@ -34,6 +34,9 @@ log = logging.getLogger(__name__)
 
 FRESH = 100.0  # seconds for which a look counts; the stock is looked at again every 60 s, and a look takes a while
 OURS_FOR = 120.0  # seconds for which an address is left alone that answered though it is none of a stranger's
+UNDO_PATIENCE = 2.0  # seconds for taking a claim back; the keeper does what does not come about
+REFUSAL_LEAVES = 0.3  # seconds of the deadline for taking back what asked for it
+ASKING_LEAVES = 2.0  # seconds of the deadline for what follows once standby was given back
 WANTED_GRACE = 5  # seconds that a `wanted` key may outlive the request that wrote it
 
 
@@ -58,6 +61,7 @@ class Stock:
         self._lock = threading.Lock()
         self._ready: dict[str, Slot] = {}  # by token
         self._in_hand: dict[str, str] = {}  # token -> PoolID
+        self._looking: dict[str, Slot] = {}  # those in hand that are looked at ahead of need: a request may take one
         self._closing: set[str] = set()  # PoolIDs that are being released
 
     def hold(self, token: str, pool: Pool) -> None:
@@ -68,6 +72,21 @@ class Stock:
     def let_go(self, token: str) -> None:
         with self._lock:
             self._in_hand.pop(token, None)
+            self._looking.pop(token, None)
+
+    def looks_at(self, slot: Slot) -> None:
+        """It is claimed ahead of need and being looked at; whoever needs one now need not wait for the end of that."""
+        with self._lock:
+            self._looking[slot.token] = slot
+
+    def looked_at(self, slot: Slot) -> bool:
+        """Whether it is still the keeper's: nobody took it meanwhile."""
+        with self._lock:
+            return self._looking.pop(slot.token, None) is not None
+
+    def is_in_hand(self, token: str) -> bool:
+        with self._lock:
+            return token in self._in_hand
 
     def knows(self, token: str) -> bool:
         with self._lock:
@@ -135,10 +154,18 @@ class Stock:
         with self._lock:
             return list(self._ready.values())
 
-    def has_any(self, pool: Pool) -> bool:
-        """Whether one of the pool's range is ready, of whichever network."""
+    def take_looking(self, fits: Callable[[Slot], bool]) -> Slot | None:
+        """One that is being looked at ahead of need; from now on it is the caller's."""
         with self._lock:
-            return any(_fits(pool, slot) for slot in self._ready.values())
+            slot = next((each for each in self._looking.values() if fits(each)), None)
+            if slot is not None:
+                del self._looking[slot.token]
+            return slot
+
+    def has_any(self, pool: Pool) -> bool:
+        """Whether one of the pool's range is ready or being looked at, of whichever network."""
+        with self._lock:
+            return any(_fits(pool, slot) for slot in (*self._ready.values(), *self._looking.values()))
 
     def is_closing(self, pool_id: str) -> bool:
         with self._lock:
@@ -193,10 +220,12 @@ class Claims:
         self._stock = stock
         self._vendor_of = vendor_of
         self._lock = threading.Lock()
-        self._wanting: dict[str, int] = {}  # PoolID -> requests that wait for standby of other hosts
+        self._wanting: dict[str, int] = {}  # `wanted` key -> requests of this host that wait for standby
+        self._wanted_pools: collections.Counter[str] = collections.Counter()  # PoolID -> these requests
+        self._wanted_revisions: dict[str, int] = {}  # `wanted` key -> as this host wrote it last
         self.conflicts = 0  # written
         self.unproven = 0  # handed out although the look proved nothing
-        self.on_taken: Callable[[], None] = lambda: None  # the stock has less than before
+        self.on_shortage: Callable[[], None] = lambda: None  # a request waits for standby
 
     def asks_the_wire(self, pool: Pool) -> bool:
         return self._neighbourhood.is_asked(pool)
@@ -214,7 +243,7 @@ class Claims:
             try:
                 slot = self.find(pool, deadline)
             except PoolExhausted as full:
-                spare = self._stock.take_any(pool)
+                spare = self._stock.take_any(pool) or self._stock.take_looking(functools.partial(_fits, pool))
                 if spare is not None:
                     slot = self.look_again(spare, deadline)
                 else:
@@ -232,9 +261,17 @@ class Claims:
         looked = self._looked_at(slot, deadline, before=before)
         if isinstance(looked, Slot):
             return looked
+        if looked.verdict is Verdict.UNKNOWN:
+            assert before is not None
+            raise AddressTaken(
+                f"{address} of pool {pool} is taken: {before.told()}; that it has gone cannot be told now, because the"
+                f" wire cannot be heard: {looked.reason}"
+            )
         who = f"a machine that is none of ours{self._made_by(looked.mac)}"
         if looked.verdict is Verdict.OURS:
             who = "a Docker host, or a container that has just ended"
+        elif looked.verdict is Verdict.HEARD:
+            who = "a machine that uses it or is about to"
         raise AddressTaken(
             f"{address} of pool {pool} is in use on the wire: MAC {looked.mac} answers there ({who}); take another"
             " address, or find that machine"
@@ -254,13 +291,11 @@ class Claims:
                 self._stock.let_go(slot.token)
             raise
         self._stock.let_go(slot.token)
-        if given:
-            if slot.unproven:
-                self.unproven += 1
-                log.warning(
-                    "%s of pool %s is given although the wire could not be heard: %s", slot.address, pool, slot.unproven
-                )
-            self.on_taken()
+        if given and slot.unproven:
+            self.unproven += 1
+            log.warning(
+                "%s of pool %s is given although the wire could not be heard: %s", slot.address, pool, slot.unproven
+            )
         return given
 
     def _convert(self, pool: Pool, slot: Slot, lease_of: Callable[[Lease, Claim], Decision], deadline: float) -> bool:
@@ -291,18 +326,25 @@ class Claims:
 
     # --------------------------------------------------------------------------- claiming and looking
 
+    def ahead(self, pool: Pool, deadline: float) -> Slot:
+        """As `find`, for the keeper, thoroughly: a request that needs an address takes it over in the middle."""
+        return self.find(pool, deadline, thorough=True, purpose="standby")
+
     def find(self, pool: Pool, deadline: float, *, thorough: bool = False, purpose: str = "claim") -> Slot:
         """Claim free addresses, one after another, until one is silent. Raises as `silent` does."""
         answered: set[Address] = set()
         while True:
             slot = self._claim_next(pool, deadline, purpose)
+            if thorough:
+                self._stock.looks_at(slot)
             looked = self._looked_at(slot, deadline, thorough=thorough)
             if isinstance(looked, Slot):
                 return looked
             if slot.address in answered:
                 raise AddressTaken(
                     f"pool {pool}: what is free in it answers on the wire ({slot.address} from MAC {looked.mac}, of a"
-                    " Docker host or of a container that has just ended); try again in two minutes"
+                    " Docker host, of a container that has just ended, or of a machine that is about to use it); try"
+                    " again in two minutes"
                 )
             answered.add(slot.address)
 
@@ -316,13 +358,14 @@ class Claims:
     ) -> Slot | Look:
         """The slot, silent or as unproven as the policy allows; or the answer that spoiled it, its claim settled.
 
-        `before`: the conflict that stood there, which comes back where nothing is proven against it.
+        `before`: the conflict that stood there, which comes back where nothing is proven against it, whatever the
+        policy is about addresses of which nothing is known.
         """
         try:
             look = self._neighbourhood.look(slot.pool, slot.address, deadline, thorough=thorough)
             if look.verdict is Verdict.FREE:
                 return slot._replace(looked=time.monotonic(), unproven="")
-            if look.verdict is Verdict.UNKNOWN:
+            if look.verdict is Verdict.UNKNOWN and before is None:
                 if self._neighbourhood.habits(slot.pool).refuse:
                     raise ProbeFailed(
                         f"{slot.address} of pool {slot.pool} is not given, because the wire cannot be heard"
@@ -330,13 +373,13 @@ class Claims:
                     )
                 return slot._replace(looked=time.monotonic(), unproven=look.reason)
         except BaseException:
-            self._undo(slot, before)
+            self._undo(slot, before, deadline)
             raise
         if look.verdict is Verdict.STRANGER:
             self._becomes_conflict(slot, look.mac, deadline)
         else:
             self._view.skip(slot.pool.segment, slot.address, OURS_FOR)
-            self._undo(slot, before)
+            self._undo(slot, before, deadline)
         return look
 
     def _claim_next(self, pool: Pool, deadline: float, purpose: str) -> Slot:
@@ -369,6 +412,11 @@ class Claims:
         while True:
             settings = self._ledger.settings(pool.segment)
             before = read_lease(found.value) if found else None
+            if before is not None and before.kind == STANDBY and self._stock.is_in_hand(before.token):
+                # Another request of this host, or the keeper, is about to know more of it.
+                self._await_hand(pool, address, before.token, deadline)
+                found = self._ledger.read(key, deadline)
+                continue
             claim = self._ledger.claim(pool, address)
             lease = decide(before, claim)
             assert isinstance(lease, Lease)
@@ -384,6 +432,13 @@ class Claims:
                 return slot, before if before and before.kind == CONFLICT else None
             self._stock.let_go(claim.token)
             found = commit.found[key]
+
+    def _await_hand(self, pool: Pool, address: Address, token: str, deadline: float) -> None:
+        taken = self._stock.take_looking(lambda slot: slot.token == token)
+        if taken is not None:
+            self._stock.let_go(token)  # from here on it is this request's to overwrite
+        elif not self._view.wait_until(lambda: not self._stock.is_in_hand(token), deadline):
+            raise AddressTaken(f"{address} of pool {pool} is asked for by another container of this host; try again")
 
     def _becomes_conflict(self, slot: Slot, mac: str, deadline: float) -> None:
         """Every host skips it from now on (design section 4)."""
@@ -405,10 +460,11 @@ class Claims:
         finally:
             self._stock.let_go(slot.token)
 
-    def _undo(self, slot: Slot, before: Lease | None) -> None:
+    def _undo(self, slot: Slot, before: Lease | None, deadline: float) -> None:
         key = self._keys.lease(slot.pool.segment, slot.address)
         try:
-            self._replace_claim(slot, Put(key, encode(before)) if before else Delete(key), time.monotonic() + 2)
+            end = min(deadline, time.monotonic() + UNDO_PATIENCE)
+            self._replace_claim(slot, Put(key, encode(before)) if before else Delete(key), end)
         except IpamError as error:
             log.info("%s stays claimed until the keeper of standby finds it: %s", slot.address, error)
         finally:
@@ -443,9 +499,10 @@ class Claims:
             ]
 
         if living():
-            with self._wanted(pool, deadline):
+            with self._wanted(self._keys.want(pool, self._host), pool.id, deadline):
                 came = self._view.wait_until(
-                    lambda: self._view.has_free(pool) or self._stock.has_any(pool) or not living(), deadline
+                    lambda: self._view.has_free(pool) or self._stock.has_any(pool) or not living(),
+                    deadline - REFUSAL_LEAVES,
                 )
             if came:
                 return
@@ -456,34 +513,57 @@ class Claims:
         more += f"; standby of {', '.join(late)} was asked for and did not come back in time" if late else ""
         raise PoolExhausted(f"{full}{more}")
 
+    def ask_for(self, pool: Pool, address: Address, deadline: float) -> None:
+        """An address that was asked for by name may be another host's standby: until its owner has given it back.
+
+        Returns also when the owner cannot be reached or is late; then it is refused, naming the owner.
+        """
+        entry = self._view.entry(pool.segment, address)
+        if entry is None or entry.kind != STANDBY or entry.host == self._host or not self._view.is_alive(entry.host):
+            return
+        token = entry.token
+
+        def given_back() -> bool:
+            now = self._view.entry(pool.segment, address)
+            return now is None or now.token != token
+
+        with self._wanted(self._keys.want_address(pool.segment, address, self._host), "", deadline):
+            self._view.wait_until(given_back, deadline - ASKING_LEAVES)
+
     @contextlib.contextmanager
-    def _wanted(self, pool: Pool, deadline: float) -> Iterator[None]:
-        """While it lasts, a key asks the other hosts for their standby in this pool's range."""
-        key = self._keys.want(pool, self._host)
+    def _wanted(self, key: str, pool_id: str, deadline: float) -> Iterator[None]:
+        """While it lasts, a key asks the other hosts for their standby, and this host's keeper for its own."""
         with self._lock:
-            self._wanting[pool.id] = self._wanting.get(pool.id, 0) + 1
+            self._wanting[key] = self._wanting.get(key, 0) + 1
+            self._wanted_pools[pool_id] += 1
         try:
             seconds = math.ceil(max(0.0, deadline - time.monotonic())) + WANTED_GRACE
             with contextlib.suppress(OutcomeUnknown):  # written or not, nobody's address hangs on it
-                self._ledger.write_for(seconds, key, b"{}", deadline)
-            self.on_taken()
+                revision = self._ledger.write_for(seconds, key, b"{}", deadline)
+                with self._lock:
+                    self._wanted_revisions[key] = max(revision, self._wanted_revisions.get(key, 0))
+            self.on_shortage()
             yield
         finally:
             with self._lock:
-                self._wanting[pool.id] -= 1
-                last = self._wanting[pool.id] == 0
-                if last:
-                    del self._wanting[pool.id]
-            if last:
+                self._wanted_pools[pool_id] -= 1
+                self._wanting[key] -= 1
+                written = 0
+                if not self._wanting[key]:
+                    del self._wanting[key]
+                    written = self._wanted_revisions.pop(key, 0)
+            if written:
                 try:
-                    self._ledger.write("wanted", {}, [Delete(key)], time.monotonic() + 2)
+                    # At its revision: another request may have written it anew by now.
+                    end = min(deadline, time.monotonic() + UNDO_PATIENCE)
+                    self._ledger.write("wanted", {key: written}, [Delete(key)], end)
                 except IpamError as error:
                     log.info("%s ends by itself: %s", key, error)
 
     def is_wanted(self, pool: Pool) -> bool:
         """Whether anybody waits for standby in this pool's range, a request of this host or another host's."""
         with self._lock:
-            mine = pool.id in self._wanting
+            mine = self._wanted_pools[pool.id] > 0
         return mine or self._view.wanted_of(pool, self._host)
 
     @contextlib.contextmanager
@@ -509,6 +589,12 @@ class Claims:
         found = self._ledger.read(key, deadline)
         lease = read_lease(found.value) if found else None
         if found is None or lease is None or (lease.kind, lease.host, lease.token) != (STANDBY, self._host, token):
+            return None
+        if lease.mac:
+            # Cut off in the middle of a look at a conflict, of which nothing is proven.
+            claim = self._ledger.claim(Pool.parse(lease.pool), address)
+            back = Put(key, encode(decisions.found_in_use(claim, lease.mac, lease.vendor)))
+            self._ledger.write("standby", {key: found.revision}, [back], deadline)
             return None
         pool = self._pool_to_keep(lease.pool, segment, address)
         if pool is None:
@@ -556,6 +642,9 @@ class Claims:
                 deadline,
                 why="silent after its probation",
             )
+        elif look.verdict is Verdict.OURS and look.mac in self._view.host_macs():
+            theirs = functools.partial(decisions.end_conflict, token=token)
+            self._ledger.change(claim, theirs, deadline, why="it is a Docker host's by now")
         elif look.verdict is Verdict.STRANGER:
             again = decisions.found_in_use(claim, look.mac, self._vendor_of(look.mac))
             self._ledger.change(claim, functools.partial(decisions.renew_conflict, token=token, again=again), deadline)

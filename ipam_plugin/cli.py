@@ -596,8 +596,12 @@ def _give_back_standby(config_path: str | None) -> Iterator[str]:
     """What the host of this configuration has as standby goes; a register that cannot be reached stops nothing."""
     from ipam_plugin.daemon import etcd_of
     from ipam_plugin.host import StateDir
+    from ipam_plugin.install import CONFIG, STATE_DIR
 
     host = "NAME"
+    file = find(config_path)
+    if str(file) == CONFIG and not _is_there(file) and not _is_there(Path(STATE_DIR) / "host"):
+        return  # neither was anything set up here nor has a daemon served
     try:
         config = _load(config_path)
         if not _is_there(Path(config.state_dir) / "host"):

@@ -117,7 +117,15 @@ class Daemon:
         self._etcd = etcd_of(config)
         self._view = View(keys, name, lambda segment: local_settings(config, segment))
         self._presence = Presence(
-            self._etcd, self._view, keys, state, name=name, segments=self._segments, carried=carried, time_limit=5.0
+            self._etcd,
+            self._view,
+            keys,
+            state,
+            name=name,
+            segments=self._segments,
+            carried=carried,
+            listens_with=lambda: self._neighbourhood.macs(),
+            time_limit=5.0,
         )
         self._ledger = Ledger(self._etcd, self._view, keys, name)
         self._neighbourhood = Neighbourhood(
@@ -189,7 +197,7 @@ class Daemon:
             except ProbeFailed as error:
                 self._presence.alarm("cannot_probe", f"{error}; what follows says probe_failure in the configuration")
         self._neighbourhood.on_heard = self._keeper.heard
-        self._claims.on_taken = self._keeper.wake
+        self._claims.on_shortage = self._keeper.wake
         self._view.on_wanted = self._keeper.wake
         self._view.on_pools = self._pools_changed
         self._view.on_went_back = lambda before, now: self._presence.alarm(

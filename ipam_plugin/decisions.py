@@ -104,7 +104,12 @@ def claim_ahead(lease: Lease | None, claim: Claim) -> Decision:
     An explicit `--ip` may ask for an address where a stranger was seen once: it is looked at anew.
     """
     if lease is None or lease.kind == CONFLICT or (lease.kind in (HELD, STANDBY) and lease.host == claim.host):
-        return Lease(kind=STANDBY, host=claim.host, pool=claim.pool.id, since=claim.now, token=claim.token)
+        # The stranger stays in it until the wire has spoken, also when that does not come about.
+        seen = lease if lease is not None and lease.kind == CONFLICT else Lease(kind=STANDBY)
+        return Lease(
+            kind=STANDBY, host=claim.host, pool=claim.pool.id, since=claim.now, token=claim.token,
+            mac=seen.mac, vendor=seen.vendor,
+        )  # fmt: skip
     if lease.kind == ENDPOINT and lease.host == claim.host:
         _taken_by_own(claim, lease)
     _taken(claim, lease)

@@ -11,10 +11,12 @@ import datetime
 import enum
 import fcntl
 import logging
+import math
 import os
 import secrets
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -35,6 +37,11 @@ HEARTBEAT = 30  # seconds that alive/HOST outlives the last refresh
 REFRESH = 8.0  # seconds between refreshes
 PATIENCE = HEARTBEAT + 5.0  # a heartbeat that is still there after this long goes on: somebody refreshes it
 ALARMS = 20  # shown in hosts/HOST
+ALARM_AGAIN = 600.0  # seconds until the same text is told again
+ALARM_TEXTS = 1000  # remembered for that; of more, the oldest are told again sooner
+ALARMS_APART = 5.0  # seconds between two looks at the alarms for hosts/HOST
+ALARM_LINES = 60  # of one kind are in the log with their texts in
+ALARM_MINUTE = 60.0  # seconds
 
 
 class StateDir:
@@ -145,6 +152,88 @@ def predecessor(alive: Alive | None, me: Alive, process_exists: Callable[[int, s
     return Predecessor.UNKNOWN
 
 
+class Alarms:
+    """What operators are told: counted by kind, in the log, and the last ones for the record of the host.
+
+    Anybody on the LAN may be able to raise one after the other, so the log and the record follow at their own pace,
+    while the counts have all of them. May be called from any thread; `now` gives monotonic seconds.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._lock = threading.Lock()
+        self._told: OrderedDict[str, float] = OrderedDict()  # texts -> when last told, in that order
+        self._counts: dict[str, int] = {}
+        self._shown: tuple[str, ...] = ()
+        self._shown_at = -ALARMS_APART
+        self._minutes: dict[str, tuple[float, int]] = {}  # kind -> since when, how many alarms
+
+    def tell(self, kind: str, text: str) -> bool:
+        """Whether the record is to be written at once. The same text within ALARM_AGAIN seconds is the same alarm."""
+        with self._lock:
+            now = self._now()
+            before = self._told.get(text)
+            if before is not None and now < before + ALARM_AGAIN:
+                return False
+            self._told[text] = now
+            self._told.move_to_end(text)
+            if len(self._told) > ALARM_TEXTS:
+                self._told.popitem(last=False)
+            self._counts[kind] = self._counts.get(kind, 0) + 1
+            ended = self._end_minutes(now)
+            since, count = self._minutes.get(kind, (now, 0))
+            self._minutes[kind] = (since, count + 1)
+            at_once = self._look(now)
+        _log([*ended, (kind, text)] if count < ALARM_LINES else ended)
+        return at_once
+
+    def counts(self) -> dict[str, int]:
+        """How many alarms of each kind there were."""
+        with self._lock:
+            return dict(self._counts)
+
+    def shown(self) -> tuple[str, ...]:
+        """The last texts, each once, newest last; newer ones not before ALARMS_APART seconds are over."""
+        with self._lock:
+            self._look(self._now())
+            return self._shown
+
+    def tend(self) -> float:
+        """Log what is to be summed up. In how many seconds `shown` may have newer texts: 0.0 when it has some now."""
+        with self._lock:
+            now = self._now()
+            ended = self._end_minutes(now)
+            looked = self._look(now)
+            left = self._shown_at + ALARMS_APART - now
+        _log(ended)
+        return 0.0 if looked else left if left > 0 else math.inf
+
+    def _newest(self) -> tuple[str, ...]:
+        return tuple(self._told)[-ALARMS:]
+
+    def _look(self, now: float) -> bool:
+        if now < self._shown_at + ALARMS_APART or self._newest() == self._shown:
+            return False
+        self._shown, self._shown_at = self._newest(), now
+        return True
+
+    def _end_minutes(self, now: float) -> list[tuple[str, str]]:
+        """What the log does not have of the minutes that are over, as (kind, text)."""
+        over = [(kind, count) for kind, (since, count) in self._minutes.items() if now >= since + ALARM_MINUTE]
+        for kind, _ in over:
+            del self._minutes[kind]
+        return [
+            (kind, f"{count - ALARM_LINES} more within a minute were counted and are not in this log")
+            for kind, count in over
+            if count > ALARM_LINES
+        ]
+
+
+def _log(lines: list[tuple[str, str]]) -> None:
+    for kind, text in lines:
+        log.error("ALARM %s: %s", kind, text)
+
+
 class Heartbeats(Protocol):
     """What is needed of etcd here."""
 
@@ -157,7 +246,10 @@ class Heartbeats(Protocol):
 
 
 class Presence:
-    """This host in the register. `serving(deadline)` is the gate that every request passes."""
+    """This host in the register. `serving(deadline)` is the gate that every request passes.
+
+    `listens_with` gives the MACs of the interfaces that this host listens on, with an address or without.
+    """
 
     def __init__(
         self,
@@ -170,6 +262,7 @@ class Presence:
         segments: Callable[[], Collection[str]],
         carried: Callable[[float], Sequence[InterfaceAddress]],
         time_limit: float,
+        listens_with: Callable[[], Collection[str]] = lambda: (),
     ) -> None:
         self._etcd = etcd
         self._view = view
@@ -177,13 +270,13 @@ class Presence:
         self._state = state
         self._segments = segments
         self._carried = carried
+        self._listens_with = listens_with
         self._time_limit = time_limit
         self.name = name
         self._kept_name = state.read("host")
         self._me = _this_process(name, state.token())
         self._joined = ""
-        self._alarms: list[str] = []
-        self._alarm_counts: dict[str, int] = {}
+        self._alarms = Alarms()
         self._ttl_lease = 0
         self._blocked_since = 0.0
         self._condition = threading.Condition()
@@ -207,18 +300,12 @@ class Presence:
         return self._serving
 
     def alarm(self, kind: str, text: str) -> None:
-        """Tell an operator: in the log, in hosts/HOST and in the metrics. The same text is told once."""
-        with self._condition:
-            if text in self._alarms:
-                return
-            self._alarms = [*self._alarms, text][-ALARMS:]
-            self._alarm_counts[kind] = self._alarm_counts.get(kind, 0) + 1
-        log.error("ALARM %s: %s", kind, text)
-        self.changed()
+        """Tell an operator: in the log, in hosts/HOST and in the metrics. The same text is told again after a while."""
+        if self._alarms.tell(kind, text):
+            self.changed()
 
     def alarm_counts(self) -> dict[str, int]:
-        with self._condition:
-            return dict(self._alarm_counts)
+        return self._alarms.counts()
 
     def changed(self) -> None:
         """The interfaces or the pools in use changed: look now."""
@@ -249,7 +336,7 @@ class Presence:
                 if not self._serving:
                     self._set_serving(False, f"host {self.name} cannot read its interfaces or write its state: {error}")
                 log.warning("host %s cannot read its interfaces or write its state: %s", self.name, error)
-            self._wake.wait(REFRESH if self._serving else 0.5)
+            self._wake.wait(min(self._alarms.tend(), REFRESH if self._serving else 0.5))
             self._wake.clear()
 
     def leave(self) -> None:
@@ -372,7 +459,8 @@ class Presence:
                     for each in self._carried(deadline)
                 ),
                 segments=tuple(sorted(self._segments())),
-                alarms=tuple(self._alarms),
+                alarms=self._alarms.shown(),
+                macs=tuple(sorted({*self._listens_with()})),
             )
         )
         if record == self._written and known is not None:

@@ -76,7 +76,8 @@ def uninstall(root: str = "/", give_back: Callable[[], Iterable[str]] = tuple) -
     Files that were changed since stay; so does the state directory with what the daemon wrote (the host's
     name, an embedded etcd's data), and then also the user it belongs to. `give_back` gives back what this host
     keeps in the register for its daemon alone, and says so in lines; it is called when the service has ended,
-    while its configuration is still there, and not for the root directory of another system. Raises Refused.
+    while its configuration is still there, and also where nothing was installed (a daemon may have been started by
+    hand), but not for the root directory of another system. Raises Refused.
     """
     if os.geteuid() != 0:
         raise Refused("uninstall removes files of /etc, /usr/local and /var/lib, and only root may; try sudo")
@@ -230,16 +231,17 @@ def _install(target: _Root, command: str, start: bool) -> Iterator[str]:
 
 def _uninstall(target: _Root, give_back: Callable[[], Iterable[str]]) -> Iterator[str]:
     manifest = target.read_manifest()
-    if manifest == Manifest():
-        yield "nothing to do: install put nothing here"
-        return
     units = [unit for unit in UNITS if f"/etc/systemd/system/{unit}" in manifest.files]
     if units and target.systemd:
         _run("systemctl", "disable", "--now", *reversed(units))
         yield f"{' and '.join(units)} stopped and disabled"
         # systemd made it for the socket, and takes back the socket alone.
         _remove_empty(target.path(RUN_DIR))
-    yield from give_back()
+    given_back = list(give_back())
+    yield from given_back
+    if manifest == Manifest():
+        yield f"nothing {'else ' if given_back else ''}to do: install put nothing here"
+        return
     for path in reversed(_FILES):
         recorded = manifest.files.pop(path, None)
         if recorded is None or not target.path(path).exists():

@@ -223,10 +223,10 @@ class Ledger:
                 self._view.learn(key, found.value if found else None, found.revision if found else commit.revision)
         return commit
 
-    def write_for(self, seconds: int, key: str, value: bytes, deadline: float) -> None:
-        """A key that vanishes by itself: never one that says an address is taken (design section 4)."""
+    def write_for(self, seconds: int, key: str, value: bytes, deadline: float) -> int:
+        """A key that vanishes by itself: never one that says an address is taken (design section 4). Its revision."""
         lease = self._etcd.grant_ttl(seconds, deadline=deadline)
-        self._etcd.commit({}, [Put(key, value, lease)], deadline=deadline)
+        return self._etcd.commit({}, [Put(key, value, lease)], deadline=deadline).revision
 
     def read(self, key: str, deadline: float) -> KeyValue | None:
         found, _ = self._etcd.get_many([key], deadline=deadline)

@@ -344,6 +344,7 @@ class Host(msgspec.Struct, frozen=True, omit_defaults=True):
     addresses: tuple[HostAddress, ...] = ()
     segments: tuple[str, ...] = ()  # where these addresses are; (), as in records of before: in all of them
     alarms: tuple[str, ...] = ()
+    macs: tuple[str, ...] = ()  # of the interfaces that its daemon listens on, which may be without an address
 
 
 class Alive(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -500,6 +501,9 @@ class Keys:
 
     def want(self, pool: Pool, host: str) -> str:
         return f"{self.wanted}{pool.id}/{host}"
+
+    def want_address(self, segment: str, address: Address, host: str) -> str:
+        return f"{self.wanted}{segment}/{address}/{host}"
 
     def heartbeat(self, host: str) -> str:
         return f"{self.alive}{host}"

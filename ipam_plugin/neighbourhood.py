@@ -20,7 +20,7 @@ from ipam_plugin.errors import ProbeFailed
 from ipam_plugin.interfaces import InterfaceAddress, Link
 from ipam_plugin.model import Pool
 from ipam_plugin.view import View
-from ipam_plugin.wire import FAST, FULL, Failed, InUse, NoInterface, Sighting, Wire, find_interface
+from ipam_plugin.wire import FAST, FULL, Failed, InUse, NoInterface, Sighting, Silent, Wire, find_interface
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ MARGIN = 0.2  # seconds of a deadline that are kept for what follows a look
 # more than needed, since a proxy answers at once and anybody else is told from it by the first silence.
 CONTROLS, CONTROLS_NEEDED = 5, 2
 CARRIER_FOR = 5.0  # seconds for which the interface of a subnet stays known, unless the interfaces change
+SILENCE_COUNTS = 2.0  # seconds for which a silence shows that nobody on the wire answers for everything
 KERNEL_PATIENCE = 5.0  # seconds; the kernel may hold its lock for so long while it takes down a large namespace
 
 
@@ -39,6 +40,7 @@ class Verdict(enum.Enum):
     FREE = "nobody answered, on a wire that lives"
     STRANGER = "a machine that is none of ours answered"
     OURS = "a registered host answered, or a machine whose lease has just ended"
+    HEARD = "somebody may use it or is about to, and more is not known: nothing to write down"
     UNKNOWN = "the look proves nothing"
 
 
@@ -63,6 +65,15 @@ class Interfaces(Protocol):
 
     def addresses(self, deadline: float | None = None) -> Sequence[InterfaceAddress]: ...
     def links(self, deadline: float | None = None) -> Sequence[Link]: ...
+
+
+class _Carrier(NamedTuple):
+    """The interface that carries a subnet, as it was at `since` (monotonic seconds), and its own address there."""
+
+    since: float
+    interface: str | NoInterface
+    own: Address | None
+    bridge: bool
 
 
 class Neighbourhood:
@@ -93,8 +104,9 @@ class Neighbourhood:
         self._wires: dict[str, Wire] = {}
         self._closed_to_us: set[str] = set()  # interfaces that could not be listened to
         self._proxies: dict[str, set[str]] = {}  # interface -> the MACs that answer there for everything
+        self._silent: dict[str, float] = {}  # interface -> when a probe there met silence, monotonic seconds
         self._dead: dict[str, tuple[float, str]] = {}  # interface -> until when it counts as dead, and why
-        self._carriers: dict[tuple[Network, str], tuple[float, str | NoInterface]] = {}  # by subnet and named interface
+        self._carriers: dict[tuple[Network, str], _Carrier] = {}  # by subnet and named interface
         self._listening: dict[str, list[Pool]] = {}  # interface -> whose LAN it is
         self._closed = False
         self.on_heard: Callable[[str, Sighting], None] = lambda segment, sighting: None
@@ -104,6 +116,17 @@ class Neighbourhood:
         """The segment's, with what the pool's own options say instead."""
         told = self._habits(pool.segment)
         return told._replace(probe=pool.probe or told.probe, interface=pool.interface or told.interface)
+
+    def is_proxy(self, mac: str) -> bool:
+        """Whether this machine answers for everything, so that what it says of an address means nothing."""
+        with self._lock:
+            return any(mac in macs for macs in self._proxies.values())
+
+    def macs(self) -> set[str]:
+        """The MACs with which this host asks."""
+        with self._lock:
+            wires = list(self._wires.values())
+        return {wire.mac for wire in wires} - {""}
 
     def is_asked(self, pool: Pool) -> bool:
         """Whether the wire is asked for this pool's addresses at all."""
@@ -138,28 +161,50 @@ class Neighbourhood:
             if time.monotonic() + MARGIN > deadline:
                 raise late
             return Look(Verdict.UNKNOWN, reason=outcome.reason)
+        rumour = ""
         if isinstance(outcome, InUse):
-            if not self._answers_for_everything(wire, pool, address, outcome.mac, deadline):
-                return Look(Verdict.OURS if self._view.is_ours(outcome.mac) else Verdict.STRANGER, outcome.mac)
-            # Behind it, others answer for themselves.
-            return self._ask(wire, pool, address, deadline, thorough)
+            if time.monotonic() + times.longest + MARGIN > deadline:
+                return Look(Verdict.HEARD, outcome.mac)
+            # One frame may be anybody's; who uses the address answers again.
+            rumour = outcome.mac if outcome.how.probing else ""
+            outcome = wire.probe(address, times, deadline=deadline, ignored=proxies, doubted=outcome.mac)
+        if isinstance(outcome, Failed):
+            return Look(Verdict.UNKNOWN, reason=outcome.reason)
+        if isinstance(outcome, InUse):
+            everything = self._answers_for_everything(wire, pool, address, outcome.mac, deadline)
+            if everything:
+                # Behind it, others answer for themselves.
+                return self._ask(wire, pool, address, deadline, thorough)
+            if self._view.is_ours(outcome.mac):
+                return Look(Verdict.OURS, outcome.mac)
+            return Look(Verdict.HEARD if everything is None else Verdict.STRANGER, outcome.mac)
         if outcome.ignored:
             return Look(Verdict.UNKNOWN, outcome.ignored, _proxy(outcome.ignored, wire.interface))
+        if rumour:
+            return Look(Verdict.HEARD, rumour)
         with self._lock:
+            self._silent[wire.interface] = time.monotonic()
             for mac in proxies:
                 # It did not answer for this one, so it does not answer for everything any more.
                 self._proxies[wire.interface].discard(mac)
         dead = self._is_dead(wire, pool, deadline)
         return Look(Verdict.UNKNOWN, reason=dead) if dead else Look(Verdict.FREE)
 
-    def _answers_for_everything(self, wire: Wire, pool: Pool, address: Address, mac: str, deadline: float) -> bool:
+    def _answers_for_everything(
+        self, wire: Wire, pool: Pool, address: Address, mac: str, deadline: float
+    ) -> bool | None:
+        """None where there is nothing to tell it by."""
+        if self._silent.get(wire.interface, -math.inf) + SILENCE_COUNTS > time.monotonic():
+            return False  # nobody answered for everything a moment ago
         controls = self._view.unused(pool, CONTROLS, but=address)
         if len(controls) < CONTROLS_NEEDED:
-            return False
+            return None
         for control in controls:
             if time.monotonic() + FAST.longest + MARGIN > deadline:
                 raise _late(wire, pool, address)  # else a proxy would be written down as a conflict
             outcome = wire.probe(control, FAST, deadline=deadline)
+            if isinstance(outcome, Silent):
+                self._silent[wire.interface] = time.monotonic()
             if not isinstance(outcome, InUse) or outcome.mac != mac:
                 return False
         with self._lock:
@@ -193,20 +238,26 @@ class Neighbourhood:
         end = time.monotonic() + KERNEL_PATIENCE
         end = end if deadline is None else min(end, deadline)
         try:
-            interface = self._carrier(pool.subnet, named, end)
+            interface = self._carrier(pool.subnet, named, end).interface
             if isinstance(interface, NoInterface):
+                if named:
+                    self._closed_to_us.add(named)
                 return interface.reason
             return self._wire(interface)
         except (OSError, ProbeFailed) as error:
             return str(error)
 
-    def _carrier(self, subnet: Network, named: str, deadline: float) -> str | NoInterface:
+    def _carrier(self, subnet: Network, named: str, deadline: float) -> _Carrier:
         began = time.monotonic()
-        since, known = self._carriers.get((subnet, named), (-math.inf, ""))
-        if since + CARRIER_FOR > began:
+        known = self._carriers.get((subnet, named))
+        if known is not None and known.since + CARRIER_FOR > began:
             return known
-        found = find_interface(subnet, self._interfaces.addresses(deadline), self._interfaces.links(deadline), named)
-        self._carriers[subnet, named] = began, found
+        addresses = self._interfaces.addresses(deadline)
+        interface = find_interface(subnet, addresses, self._interfaces.links(deadline), named)
+        there = [each for each in addresses if each.interface == interface and not each.tentative]
+        own = next((each.address for each in there if each.address in subnet), None)
+        found = _Carrier(began, interface, own, any(each.bridge for each in there))
+        self._carriers[subnet, named] = found
         return found
 
     def interfaces_changed(self) -> None:
@@ -248,15 +299,23 @@ class Neighbourhood:
         with self._lock:
             # Where one cannot be told now, it may be the very one that looks idle.
             sure = all(isinstance(wire, Wire) for _, wire in found)
-            idle = [self._wires.pop(name) for name in set(self._wires) - set(listening)] if sure else []
+            gone = {name for name, wire in self._wires.items() if sure or not wire.exists}
+            idle = [self._wires.pop(name) for name in gone - set(listening)]
         for each in idle:
             each.close()
 
     def ask(self, pool: Pool, address: Address) -> None:
         """Ask for an address in this host's own name; who answers is heard by the listener."""
         found = self.wire_of(pool)
-        if isinstance(found, Wire):
-            found.ask(address)
+        known = self._carriers.get((pool.subnet, self.habits(pool).interface))
+        # In nobody's name it would look like a machine that wants the address.
+        if isinstance(found, Wire) and known is not None and known.own is not None:
+            found.ask(address, known.own)
+
+    def hears_containers(self, pool: Pool) -> bool:
+        """Whether this host's own containers are heard where the pool is: on a bridge, not on a macvlan's parent."""
+        known = self._carriers.get((pool.subnet, self.habits(pool).interface))
+        return known is not None and known.bridge
 
     def announce(self, pool: Pool, address: Address, mac: str) -> None:
         """Tell the LAN that this MAC has the address now (a container of an engine that does not say so itself)."""

@@ -217,6 +217,8 @@ class Register:
         carried = self._carried(deadline)
         if asked is not None:
             self._refuse_foreign_gateway(pool, asked, any(each.address == asked for each in carried), deadline)
+        if asked is not None:
+            self._claims.ask_for(pool, asked, deadline)
         carrier = decisions.bridge_address(carried, pool, asked, self._host, self._view.interface(pool.segment))
         address = carrier.address if carrier else asked
         if address is None:
@@ -268,6 +270,8 @@ class Register:
         decisions.grant_bridge(read_lease(found.value) if found else None, self._ledger.claim(pool, asked), None)
 
     def _share(self, pool: Pool, address: Address, deadline: float) -> None:
+        self._claims.ask_for(pool, address, deadline)
+
         def decide(lease: Lease | None, claim: Claim) -> Decision:
             if lease is None:
                 self._ledger.settings(pool.segment)
@@ -305,6 +309,8 @@ class Register:
         self, pool: Pool, address: Address, mac: str, container: Container | None, deadline: float
     ) -> Address:
         """`--ip`: outside the range, but not outside the subnet."""
+
+        self._claims.ask_for(pool, address, deadline)
 
         def allowed(lease: Lease | None) -> Lease | None:
             self._refuse_forbidden(pool, address)

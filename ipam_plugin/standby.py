@@ -8,6 +8,7 @@ old conflicts; and it tells the LAN when an address has changed its container.
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import math
 import threading
@@ -37,16 +38,18 @@ PAUSE = 5.0  # seconds until a pool is tried again that could not be filled
 LOOKS_AT_ONCE = 8
 OWN_LEASES_AGAIN = 600.0  # seconds until the wire is asked again who uses this host's leases
 ASKED_A_SECOND = 50  # of these
+LATER_AT_MOST = 0.1  # of the probation: how much later than another host one asks
 PROBATIONS_AGAIN = 600.0  # seconds until a conflict is tried again whose wire could not be heard
 SKIPPED_FOR = 300.0  # seconds for which an address is left alone because somebody was heard to use it
 REMEMBERED = 4096  # of each thing, whatever the LAN sends
 CHECKS_WAITING = 64
 TOLD_FOR = 3600.0  # seconds until the same machine's use of the same lease is looked up again
 CHECKS_APART = 0.02  # seconds, so that no flood becomes a flood of questions to etcd
-ALARMS_APART = 10.0  # seconds between two alarms about one address
+ALARMS_APART = 10.0  # seconds between two alarms about one address, and of all beyond the first few
+ALARMS_AT_ONCE = 5.0
 UNPROVEN_AGAIN = 10.0  # seconds until the wire is asked again for an address about which it said nothing
 NEWCOMERS = 1024
-NEWCOMER_PATIENCE = 30.0  # seconds for a container to come up
+NEWCOMER_PATIENCE = 10.0  # seconds for a container to come up
 
 
 class Recently:
@@ -110,6 +113,7 @@ class Keeper:
         self._stop = threading.Event()
         self._looks = ThreadPoolExecutor(LOOKS_AT_ONCE, thread_name_prefix="look")
         self._checks = ThreadPoolExecutor(1, thread_name_prefix="check")
+        self._probations = ThreadPoolExecutor(1, thread_name_prefix="probation")  # so that the stock comes first
         self._room = threading.BoundedSemaphore(CHECKS_WAITING)
         self._lock = threading.Lock()  # for these
         self._filling: dict[str, int] = {}  # PoolID -> claims being looked at for the stock
@@ -123,6 +127,9 @@ class Keeper:
         self._alarmed = Recently(ALARMS_APART)
         self._conflicts: dict[tuple[str, Address, int], float] = {}  # with its revision -> when it is due, monotonic
         self._listened = -math.inf  # monotonic seconds
+        self._welcomed = -math.inf  # monotonic seconds
+        self._alarms_left = ALARMS_AT_ONCE
+        self._alarms_counted = 0.0  # monotonic seconds
         self._own_asked = time.monotonic()
         self._own_left: list[tuple[Pool, Address]] = []
 
@@ -151,8 +158,13 @@ class Keeper:
                     self._give_back(slot)
             self._adopt()
             self._end_probations()
-            self._welcome()
-            self._ask_own()
+            self._view.wake_rested()
+            if self._welcomed + PERIOD <= time.monotonic():
+                self._welcomed = time.monotonic()
+                self._welcome()
+                self._ask_own()
+            # What was handed out is filled up with the next round, not at once: a request that is being answered would
+            # have to share the interpreter with it.
             self._wake.wait(PERIOD)
 
     def close(self) -> None:
@@ -160,6 +172,7 @@ class Keeper:
         self._wake.set()
         self._looks.shutdown(wait=False, cancel_futures=True)
         self._checks.shutdown(wait=False, cancel_futures=True)
+        self._probations.shutdown(wait=False, cancel_futures=True)
 
     def _pools_now(self) -> list[Pool]:
         found = []
@@ -172,7 +185,9 @@ class Keeper:
                 found.append(pool)
         return found
 
-    def _later(self, segment: str, address: Address, work: Callable[[], None]) -> None:
+    def _later(
+        self, segment: str, address: Address, work: Callable[[], None], threads: ThreadPoolExecutor | None = None
+    ) -> None:
         """In another thread, one task at a time for an address."""
         with self._lock:
             if (segment, address) in self._busy or self._stop.is_set():
@@ -190,7 +205,7 @@ class Keeper:
                 with self._lock:
                     self._busy.discard((segment, address))
 
-        if not self._submit(self._looks, carry_out):
+        if not self._submit(threads or self._looks, carry_out):
             with self._lock:
                 self._busy.discard((segment, address))
 
@@ -223,8 +238,11 @@ class Keeper:
         goal = self._goal(pool)
         ready = [slot for slot in self._stock.of(pool.id) if not self._is_lost(slot)]
         for slot in ready:
-            if self._view.forbids(pool.segment, slot.address):  # excluded or reserved since
+            # Excluded or reserved since, or asked for by name on another host.
+            forbidden = self._view.forbids(pool.segment, slot.address)
+            if forbidden or self._view.wants_address(pool.segment, slot.address, self._host):
                 self._give_back(slot)
+        self._give_back_looking(pool)
         for slot in ready[goal:]:
             self._give_back(slot)
         now = time.monotonic()
@@ -263,7 +281,7 @@ class Keeper:
         try:
             # To be sure that nothing is free costs a write to etcd; a request pays it, the keeper need not.
             if not self._stop.is_set() and self._goal(pool) > 0 and self._view.has_free(pool):
-                self._keep(self._claims.find(pool, time.monotonic() + PATIENCE, thorough=True, purpose="standby"))
+                self._keep_looked_at(self._claims.ahead(pool, time.monotonic() + PATIENCE))
         except (IpamError, OSError) as error:
             with self._lock:
                 self._pause[pool.id] = time.monotonic() + PAUSE
@@ -275,24 +293,43 @@ class Keeper:
             with self._lock:
                 self._filling[pool.id] -= 1
 
+    def _keep_looked_at(self, slot: Slot) -> None:
+        if self._stock.looked_at(slot):  # else a request has it
+            self._keep(slot)
+
     def _keep(self, slot: Slot) -> None:
         """Into the stock, unless it is not wanted there any more."""
-        if self._goal(slot.pool) == 0 or not self._stock.put(slot):
+        wanted = self._view.wants_address(slot.pool.segment, slot.address, self._host)
+        if wanted or self._goal(slot.pool) == 0 or not self._stock.put(slot):
             self._claims.give_back(slot, time.monotonic() + PATIENCE)
+
+    def _give_back_looking(self, pool: Pool) -> None:
+        """What another host waits for is given back in the middle of a look; its answer does not matter any more."""
+        short = self._view.wanted_of(pool, self._host)
+
+        def wanted(slot: Slot) -> bool:
+            return slot.pool == pool and (
+                short or self._view.wants_address(slot.pool.segment, slot.address, self._host)
+            )
+
+        while (slot := self._stock.take_looking(wanted)) is not None:
+            self._end(slot)
 
     def _give_back(self, slot: Slot) -> None:
         taken = self._stock.take_this(slot)
-        if taken is None:
-            return
+        if taken is not None:
+            self._end(taken)
+
+    def _end(self, slot: Slot) -> None:
         try:
-            self._claims.give_back(taken, time.monotonic() + PAUSE)
+            self._claims.give_back(slot, time.monotonic() + PAUSE)
         except IpamError as error:
             log.info("standby %s of pool %s is not given back yet: %s", slot.address, slot.pool, error)
 
     def _look_again(self, slot: Slot) -> None:
         """It can be taken meanwhile: its last look is not that old. One that is not silent any more is gone."""
         look = self._neighbourhood.look(slot.pool, slot.address, time.monotonic() + PATIENCE)
-        if look.verdict in (Verdict.STRANGER, Verdict.OURS):
+        if look.verdict in (Verdict.STRANGER, Verdict.OURS, Verdict.HEARD):
             self._suspect(slot)
         elif look.verdict is Verdict.FREE:
             self._stock.replace(slot, slot._replace(looked=time.monotonic(), unproven=""))
@@ -324,9 +361,10 @@ class Keeper:
     def _adopt_one(self, segment: str, address: Address, token: str) -> None:
         slot = self._claims.adopt(segment, address, token, time.monotonic() + PATIENCE)
         if slot is not None:
+            self._stock.looks_at(slot)
             fresh = self._claims.look_again(slot, time.monotonic() + PATIENCE, thorough=True)
             if fresh is not None:
-                self._keep(fresh)
+                self._keep_looked_at(fresh)
 
     # -------------------------------------------------------------------------------------- the wire
 
@@ -380,15 +418,25 @@ class Keeper:
         lease = read_lease(found.value) if found else None
         if lease is None or lease.kind not in (ENDPOINT, HOST) or not lease.mac or lease.mac == sighting.mac:
             return True
-        if self._view.moves(segment, sighting.address):
+        if self._view.moves(segment, sighting.address) or self._neighbourhood.is_proxy(sighting.mac):
             return True
-        if not self._alarmed.add((segment, sighting.address)):
+        if not self._alarmed.add((segment, sighting.address)) or not self._may_alarm():
             return False
         self._alarm(
             "address_used_twice",
             f"{sighting.address} of segment {segment} is used by two machines: it belongs to {lease.told()}, and MAC"
             f" {sighting.mac} uses it too. Find that machine, or move the container to another address",
         )
+        return True
+
+    def _may_alarm(self) -> bool:
+        """A few at once, then one every ALARMS_APART: whoever sends what he likes must not fill log and etcd."""
+        now = time.monotonic()
+        self._alarms_left = min(ALARMS_AT_ONCE, self._alarms_left + (now - self._alarms_counted) / ALARMS_APART)
+        self._alarms_counted = now
+        if self._alarms_left < 1:
+            return False
+        self._alarms_left -= 1
         return True
 
     def _ask_own(self) -> None:
@@ -422,14 +470,19 @@ class Keeper:
                     due.append((pool, address, known))
                 self._conflicts[known] = when if when > now else now + PROBATIONS_AGAIN
         for pool, address, known in due:
-            self._later(pool.segment, address, functools.partial(self._probation, pool, address, known))
+            self._later(
+                pool.segment, address, functools.partial(self._probation, pool, address, known), self._probations
+            )
 
     def _probation(self, pool: Pool, address: Address, known: tuple[str, Address, int]) -> None:
         found = self._ledger.read(self._keys.lease(pool.segment, address), time.monotonic() + PAUSE)
         lease = read_lease(found.value) if found else None
         if lease is None or lease.kind != CONFLICT:
             return
-        left = (parse_time(lease.since) or 0.0) + self._neighbourhood.habits(pool).probation - time.time()
+        # Each host at its own moment: the first one settles it, and none takes another's question for the stranger.
+        late = int.from_bytes(hashlib.blake2b(f"{self._host} {address}".encode(), digest_size=2).digest()) / 65536
+        probation = self._neighbourhood.habits(pool).probation * (1 + LATER_AT_MOST * late)
+        left = (parse_time(lease.since) or 0.0) + probation - time.time()
         if left > 0:
             with self._lock:
                 self._conflicts[known] = time.monotonic() + left
@@ -458,11 +511,12 @@ class Keeper:
         for (segment, address), newcomer in waiting:
             entry = self._view.entry(segment, address)
             gone = entry is None or entry.kind != ENDPOINT or entry.host != self._host
-            wire = self._neighbourhood.wire_of(newcomer.pool)
-            if gone or isinstance(wire, str) or now - newcomer.since > NEWCOMER_PATIENCE:
+            deaf = isinstance(self._neighbourhood.wire_of(newcomer.pool), str)
+            deaf = deaf or not self._neighbourhood.hears_containers(newcomer.pool)
+            if gone or deaf or now - newcomer.since > NEWCOMER_PATIENCE:
                 self._forget_newcomer(segment, address, newcomer)
             else:
-                wire.ask(address)
+                self._neighbourhood.ask(newcomer.pool, address)
 
     def _heard_newcomer(self, segment: str, sighting: Sighting) -> None:
         with self._lock:

@@ -92,8 +92,54 @@ TICK = 0.1  # seconds between two looks at what does not say that it changed
 ENDED_MACS = 4096  # remembered
 ENDED_LATELY = 120.0  # seconds for which the MAC of an ended lease is no stranger's (design section 7)
 POINTS = 16  # tries to land on a free address, each a few binary searches
+RUMOURS = 4096  # addresses of a family that are skipped because of them; anybody on the LAN can make more
+ENDED_AT_ONCE = 1000  # so that nobody waits for the lock while many ends come at one time
 
 NO_SETTINGS = Settings(0, SegmentSettings(), "")
+
+
+class _Ends:
+    """Addresses that are left alone, each until its own time (seconds since the epoch)."""
+
+    def __init__(self) -> None:
+        self._until: dict[int, float] = {}
+        # One pair for each address, with its end or, where that was put off, an earlier one.
+        self._heap: list[tuple[float, int]] = []
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._until
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def add(self, number: int, until: float) -> None:
+        """An end is put off, never put forward."""
+        known = self._until.get(number)
+        if known is None:
+            heapq.heappush(self._heap, (until, number))
+        self._until[number] = until if known is None else max(until, known)
+
+    def ended(self, now: float) -> Iterator[int]:
+        """Forget and tell the addresses whose time is over, after ENDED_AT_ONCE looks the rest is for the next call."""
+        for _ in range(ENDED_AT_ONCE):
+            if not self._heap or self._heap[0][0] > now:
+                return
+            number = self._heap[0][1]
+            if self._until[number] > now:
+                heapq.heapreplace(self._heap, (self._until[number], number))
+            else:
+                yield self._forget_first()
+
+    def forget_next(self) -> int:
+        """Forget and tell the address whose time would be over first."""
+        while (end := self._until[self._heap[0][1]]) > self._heap[0][0]:
+            heapq.heapreplace(self._heap, (end, self._heap[0][1]))
+        return self._forget_first()
+
+    def _forget_first(self) -> int:
+        _, number = heapq.heappop(self._heap)
+        del self._until[number]
+        return number
 
 
 class _Family:
@@ -102,9 +148,9 @@ class _Family:
     def __init__(self) -> None:
         self.entries: dict[int, Entry] = {}
         self.taken = AddressSet()
-        self.resting: dict[int, float] = {}  # until when, seconds since the epoch
-        self.rest_ends: list[tuple[float, int]] = []
-        # taken and resting in one set: two large sets that interleave would have to be walked in turns.
+        self.resting = _Ends()  # were in use a moment ago; each is in the history, so there are not too many
+        self.rumours = _Ends()  # somebody may use them; at most RUMOURS
+        # All of these in one set: two large sets that interleave would have to be walked in turns.
         self.avoid = AddressSet()
         self.pending = AddressSet()  # being tried by a request of this daemon
         self.kinds: dict[str, AddressSet] = {}
@@ -147,23 +193,27 @@ class _Family:
         if number in self.entries or number in self.aliases:
             return
         self.taken.discard(number)
-        if number not in self.resting:
-            self.avoid.discard(number)
+        self._avoid_no_more(number)
 
     def rest(self, number: int, until: float) -> None:
-        until = max(until, self.resting.get(number, until))
-        self.resting[number] = until
-        heapq.heappush(self.rest_ends, (until, number))
+        self.resting.add(number, until)
         self.avoid.add(number)
 
+    def skip(self, number: int, until: float) -> None:
+        self.rumours.add(number, until)
+        self.avoid.add(number)
+        if len(self.rumours) > RUMOURS:
+            self._avoid_no_more(self.rumours.forget_next())
+
     def wake(self, now: float) -> None:
-        """End the rest of those whose cooldown is over."""
-        while self.rest_ends and self.rest_ends[0][0] <= now:
-            _, number = heapq.heappop(self.rest_ends)
-            if self.resting.get(number, now + 1) <= now:
-                del self.resting[number]
-                if number not in self.taken:
-                    self.avoid.discard(number)
+        """Avoid no more those whose time is over; of very many only some, the rest at the next call."""
+        for ends in (self.resting, self.rumours):
+            for number in ends.ended(now):
+                self._avoid_no_more(number)
+
+    def _avoid_no_more(self, number: int) -> None:
+        if number not in self.taken and number not in self.resting and number not in self.rumours:
+            self.avoid.discard(number)
 
 
 class _Segment:
@@ -427,7 +477,12 @@ class View:
                     families = numbers.setdefault(segment, {4: AddressSet(), 6: AddressSet()})
                     families[address.version].add(int(address))
         self._host_numbers = numbers
-        self._host_macs = frozenset(each.mac for _, host in self._hosts.values() for each in host.addresses if each.mac)
+        self._host_macs = frozenset(
+            mac
+            for _, host in self._hosts.values()
+            for mac in (*host.macs, *(each.mac for each in host.addresses))
+            if mac
+        )
         self._generation += 1
 
     def _numbers_of_hosts(self, segment: str, version: int) -> list[AddressSet]:
@@ -601,7 +656,7 @@ class View:
     # ------------------------------------------------------------------------------ the wire and standby
 
     def host_macs(self) -> frozenset[str]:
-        """The MACs of all registered hosts' interfaces that carry an address."""
+        """The MACs of all registered hosts' interfaces that carry an address or that they listen on."""
         return self._host_macs
 
     def is_ours(self, mac: str) -> bool:
@@ -669,6 +724,12 @@ class View:
                     return True
         return False
 
+    def wants_address(self, segment: str, address: Address, host: str) -> bool:
+        """Whether another host asks for the standby at this very address."""
+        asked = f"{segment}/{address}"
+        with self._changed:
+            return any(what == asked and name != host for _, what, name in self._wanted.values())
+
     def standby_in(self, pool: Pool) -> list[tuple[Address, Entry]]:
         """Everybody's standby that a container of this pool could have."""
         where = pool.candidates
@@ -703,9 +764,22 @@ class View:
             return self._next(pool, self._segment(pool.segment).families[pool.subnet.version]) is not None
 
     def skip(self, segment: str, address: Address, seconds: float) -> None:
-        """Do not choose the address for a while, as long as there are others."""
+        """Do not choose the address for a while, as long as there are others.
+
+        A rumour that somebody uses it. Of more than RUMOURS addresses those that would end first are forgotten.
+        """
         with self._changed:
-            self._segment(segment).families[address.version].rest(int(address), self._now() + seconds)
+            self._segment(segment).families[address.version].skip(int(address), self._now() + seconds)
+
+    def wake_rested(self) -> None:
+        """Forget rests and rumours whose time is over. To be called every now and then, because requests do so only
+        for the addresses among which they choose, and there may be no requests.
+        """
+        with self._changed:
+            families = [family for segment in self._segments.values() for family in segment.families.values()]
+        for family in families:
+            with self._changed:  # each on its own, so that nobody waits for all of them
+                family.wake(self._now())
 
     def is_alive(self, host: str) -> bool:
         return host in self._alive

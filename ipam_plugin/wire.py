@@ -228,6 +228,10 @@ class Wire:
             return self._sockets.mac() if self._sockets else ""
 
     @property
+    def exists(self) -> bool:
+        return (_NET / self.interface).exists()
+
+    @property
     def trouble(self) -> str:
         """Why no frame can come from this interface or go, as far as this host knows, as a clause; else ''."""
         with self._lock:
@@ -241,21 +245,32 @@ class Wire:
         *,
         deadline: float,
         ignored: Collection[str] = (),
+        doubted: str = "",
         uniform: Callable[[float, float], float] = random.uniform,
     ) -> Outcome:
         """Whether a machine of the LAN uses the address: ARP probes (RFC 5227) or DAD (RFC 4862).
 
-        Ends early with the first answer of a machine whose MAC is not in `ignored`. No cache of the LAN is changed
-        by it. `uniform` draws the time between two probes.
+        Ends early with the first answer of a machine whose MAC is not in `ignored`. With a `doubted` MAC, which has
+        claimed the address once, only the second claim of a MAC counts as its answer: a machine that uses the address
+        answers each probe, and frames that nobody stands behind do not come twice. No cache of the LAN is changed by
+        it. `uniform` draws the time between two probes.
         """
         own = {self.mac, *self._own_macs()}
         passed_over: list[str] = []
+        once = {doubted} if doubted else set()
 
         def counts(claim: Claim) -> bool:
             if claim.mac in ignored:
-                passed_over.append(claim.mac)
+                if not passed_over:
+                    passed_over.append(claim.mac)
                 return False
-            return not (claim.how.probing and claim.mac in own)
+            if claim.how.probing and claim.mac in own:
+                return False
+            if doubted and claim.mac not in once:
+                if len(once) < REMEMBERED:
+                    once.add(claim.mac)
+                return False
+            return True
 
         with self._asked([address], counts) as question:
             before = self._evidence()

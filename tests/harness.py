@@ -104,6 +104,7 @@ class FakeWire(Wire):
 
     mac = "02:00:00:00:00:01"
     trouble = ""
+    exists = True
 
     def start(self) -> None: ...
 
@@ -116,9 +117,11 @@ class FakeWire(Wire):
         *,
         deadline: float,
         ignored: Collection[str] = (),
+        doubted: str = "",
         uniform: Callable[[float, float], float] = lambda least, most: least,
     ) -> Outcome:
-        self._lan.probed.append(address)
+        if not doubted:  # else it is the same question once more
+            self._lan.probed.append(address)
         self._lan.before_answer(address)
         if self._lan.failed:
             return Failed(self._lan.failed)
@@ -129,7 +132,7 @@ class FakeWire(Wire):
     def alive(self, peers: Sequence[Address], *, deadline: float) -> str:
         return self._lan.dead
 
-    def ask(self, address: Address) -> str:
+    def ask(self, address: Address, source: Address | None = None) -> str:
         self._lan.asked.append(address)
         return ""
 
@@ -217,7 +220,7 @@ class Host:
             alarm=lambda kind, text: self.alarms.append((kind, text)),
         )
         self.neighbourhood.on_heard = self.keeper.heard
-        self.claims.on_taken = self.keeper.wake
+        self.claims.on_shortage = self.keeper.wake
         self.view.on_wanted = self.keeper.wake
         self.view.on_pools = self.keeper.wake
         self.register = Register(

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 import pytest
 
 from fakes import Fault, Writes
-from harness import KEYS, FakeLan, Habits, Host, Lan, Reply, bridge, nic, until
+from harness import KEYS, PATIENCE, FakeLan, Habits, Host, Lan, Reply, bridge, nic, until
 from ipam_plugin import standby
+from ipam_plugin.addresses import Address
 from ipam_plugin.etcd import Delete, Put
 from ipam_plugin.model import (
     CONFLICT,
@@ -589,10 +590,10 @@ def alive(lan: Lan, *hosts: Host) -> None:
         lan.put(KEYS.heartbeat(each.name), "{}")
 
 
-def asking(host: Host, pool: str) -> tuple[threading.Thread, list[Reply]]:
+def asking(host: Host, pool: str, address: str = "") -> tuple[threading.Thread, list[Reply]]:
     """A request in a thread of its own."""
     answers: list[Reply] = []
-    thread = threading.Thread(target=lambda: answers.append(host.endpoint(pool)), name="request")
+    thread = threading.Thread(target=lambda: answers.append(host.endpoint(pool, address)), name="request")
     thread.start()
     return thread, answers
 
@@ -941,3 +942,53 @@ def test_only_the_address_is_looked_at_that_was_asked_for(lan: Lan, a: Host, wir
     assert a.stock.all() == [], "no request without a name would find it there"
     a.keep()
     until(lambda: lan.lease("192.168.1.201") is None)
+
+
+def test_two_requests_for_one_address_do_not_starve_each_other(lan: Lan, a: Host, wire: FakeLan) -> None:
+    """`--ip` twice at once on one host: the first gets it, the second is refused at once, and etcd is left in peace."""
+    pool = a.create(ip_range=RANGE)
+    inside, go_on = threading.Event(), threading.Event()
+
+    def before_answer(address: Address) -> None:
+        inside.set()
+        assert go_on.wait(PATIENCE)
+
+    wire.before_answer = before_answer
+    thread, first = asking(a, pool, "192.168.1.90")
+    assert inside.wait(PATIENCE)
+    other, second = asking(a, pool, "192.168.1.90")
+    written = a.ledger.transactions.total()
+    assert not second
+    go_on.set()
+    thread.join(PATIENCE)
+    other.join(PATIENCE)
+    assert sorted(each.status for each in (*first, *second)) == [200, 409]
+    assert a.ledger.transactions.total() - written <= 2
+
+
+def test_a_known_stranger_keeps_its_address_while_the_wire_is_dead(lan: Lan, a: Host, wire: FakeLan) -> None:
+    """P2: whatever the policy is about what nobody knows: of this address something is known."""
+    pool = a.create(ip_range=RANGE)
+    wire.machines["192.168.1.90"] = PRINTER
+    assert PRINTER in a.endpoint(pool, "192.168.1.90").error
+    known = lan.lease("192.168.1.90")
+    wire.machines.clear()
+    wire.dead = "its cable is out"
+    said = a.endpoint(pool, "192.168.1.90").error
+    assert PRINTER in said
+    assert "cable is out" in said
+    assert lan.lease("192.168.1.90") == known
+
+
+def test_ip_of_a_living_hosts_standby_is_given(lan: Lan, a: Host, b: Host, wire: FakeLan) -> None:
+    """Among hosts that can be reached nobody is refused because an address is somebody's standby."""
+    pool = b.create(ip_range="192.168.1.64/29")
+    (address, _) = stock(b, pool, 2)
+    alive(lan, b)
+    b.keep()
+    mine = a.create(ip_range="192.168.1.96/29")
+    assert a.run(mine, address) == address
+    lease = lan.lease(address)
+    assert lease is not None
+    assert (lease.kind, lease.host) == ("endpoint", "a")
+    assert lan.under(KEYS.wanted) == {}

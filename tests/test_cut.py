@@ -68,7 +68,7 @@ class Daemon:
         claims = Claims(ledger, self.view, keys, name, neighbourhood, self.stock, vendor_of=lambda mac: "")
         self._keeper = Keeper(claims, self.stock, ledger, self.view, keys, name, neighbourhood, alarm=_ignored)
         neighbourhood.on_heard = self._keeper.heard
-        claims.on_taken = self.view.on_wanted = self.view.on_pools = self._keeper.wake
+        claims.on_shortage = self.view.on_wanted = self.view.on_pools = self._keeper.wake
         self.register = Register(
             ledger,
             claims,
@@ -208,6 +208,7 @@ def child(told: dict[str, Any]) -> None:
             given = daemon.ask(f"02:42:0a:00:00:{number:02x}", named)
             cut.reached("before the answer")
             print(f"given {given}", flush=True)
+    until(lambda: len(daemon.stock.all()) == GOAL, "a full stock, to be given back")
     daemon.release_pool()
     print("ended", flush=True)
     threading.Event().wait(PATIENCE)

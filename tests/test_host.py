@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import fcntl
 import ipaddress
+import logging
+import math
 import shutil
 import threading
 import time
@@ -23,7 +25,7 @@ from ipam_plugin import interfaces
 from ipam_plugin.claims import Claims, Stock
 from ipam_plugin.errors import ConfigError, NotServing
 from ipam_plugin.etcd import Delete, KeyValue, Put
-from ipam_plugin.host import HEARTBEAT, Predecessor, Presence, StateDir, host_name, predecessor
+from ipam_plugin.host import HEARTBEAT, Alarms, Predecessor, Presence, StateDir, host_name, predecessor
 from ipam_plugin.interfaces import InterfaceAddress
 from ipam_plugin.ledger import Ledger
 from ipam_plugin.model import ENDPOINT, HOST, NAME, Alive, History, Host, Keys, Lease, decode, encode
@@ -181,6 +183,7 @@ class Node:
         self.state = StateDir(str(state))
         self.etcd = etcd
         self.carried = carried if carried is not None else []
+        self.macs: set[str] = set()
         self.view = View(KEYS, name)
         self.presence = Presence(
             etcd,
@@ -191,6 +194,7 @@ class Node:
             segments=self.segments,
             carried=lambda deadline: self.carried,
             time_limit=0.5,
+            listens_with=lambda: self.macs,
         )
         ledger = Ledger(etcd, self.view, KEYS, name)
         neighbourhood = Neighbourhood(
@@ -590,18 +594,172 @@ def test_a_record_that_was_retired_comes_back(etcd: FakeEtcd, start: Callable[..
     until(lambda: etcd.get(KEYS.host("a"), deadline=soon()), "the record is there again")
 
 
-def test_an_alarm_is_told_once_and_shown(etcd: FakeEtcd, start: Callable[..., Node]) -> None:
-    """In the record of the host, where operators look, and counted by its kind; bounded."""
+def test_the_record_names_the_macs_that_it_listens_with(etcd: FakeEtcd, start: Callable[..., Node]) -> None:
+    """Section 7: the parent of a macvlan network has no address, and is no stranger to the others all the same."""
+    node, other = start(), start("b", "b")
+    node.presence.serving(time.monotonic() + 20)
+    node.macs |= {"52:54:00:00:00:09", "52:54:00:00:00:02"}
+    node.presence.changed()
+
+    def told() -> tuple[str, ...]:
+        record = etcd.get(KEYS.host("a"), deadline=soon())
+        return decode(record.value, Host).macs if record else ()
+
+    until(lambda: told() == ("52:54:00:00:00:02", "52:54:00:00:00:09"), "the record with both")
+    until(lambda: other.view.is_ours("52:54:00:00:00:09"), "the other host knows")
+    before = etcd.transactions
+    written = etcd.get(KEYS.host("a"), deadline=soon())
+    keep_up(node)
+    assert etcd.get(KEYS.host("a"), deadline=soon()) == written
+    assert etcd.transactions == before
+
+
+def keep_up(node: Node) -> None:
+    """Until its loop went round, from the beginning to the end."""
+    looks: list[float] = []
+    carried = node.presence._carried
+    node.presence._carried = lambda deadline: (looks.append(deadline), carried(deadline))[1]
+    until(lambda: len(looks) > 8, "some rounds")
+    node.presence._carried = carried
+
+
+def test_alarms_are_shown(etcd: FakeEtcd, start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the record of the host, where operators look, and counted by their kinds; bounded."""
+    monkeypatch.setattr(host_module, "ALARMS_APART", 0.2)
     node = start()
     until(node.serves, "serving")
     for number in range(30):
         node.presence.alarm("kind", f"text {number}")
         node.presence.alarm("kind", f"text {number}")
     assert node.presence.alarm_counts() == {"kind": 30}
+    until(lambda: shown(etcd)[-1:] == ("text 29",), "the last alarm is shown")
+    assert len(shown(etcd)) == host_module.ALARMS
 
-    def shown() -> tuple[str, ...]:
-        record = etcd.get(KEYS.host("a"), deadline=soon())
-        return decode(record.value, Host).alarms if record else ()
 
-    until(lambda: shown()[-1:] == ("text 29",), "the last alarm is shown")
-    assert len(shown()) == host_module.ALARMS
+def shown(etcd: FakeEtcd) -> tuple[str, ...]:
+    record = etcd.get(KEYS.host("a"), deadline=soon())
+    return decode(record.value, Host).alarms if record else ()
+
+
+def test_a_storm_of_alarms_is_no_storm_of_writes(
+    etcd: FakeEtcd, start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P6: the first alarm is in the record at once, and those after it together, a while later, by themselves. What
+    else changes is written at once.
+    """
+    monkeypatch.setattr(host_module, "ALARMS_APART", 3.0)
+    monkeypatch.setattr(host_module, "REFRESH", 60.0)
+    node = start()
+    until(lambda: etcd.get(KEYS.host("a"), deadline=soon()), "the record")
+    until(node.serves, "serving")
+    began = time.monotonic()
+    node.presence.alarm("kind", "the first")
+    until(lambda: shown(etcd) == ("the first",), "the first alarm, at once", 2)
+    before = etcd.transactions
+    for number in range(300):
+        node.presence.alarm("kind", f"text {number}")
+    node.macs.add("52:54:00:00:00:02")
+    node.presence.changed()
+    until(lambda: etcd.transactions > before, "what else changed, at once", 2)
+    record = etcd.get(KEYS.host("a"), deadline=soon())
+    assert record is not None
+    assert decode(record.value, Host).macs == ("52:54:00:00:00:02",)
+    assert shown(etcd) == ("the first",)
+    until(lambda: shown(etcd)[-1:] == ("text 299",), "the others")
+    assert time.monotonic() - began > 2.5
+    assert etcd.transactions == before + 2
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_an_alarm_that_comes_again(caplog: pytest.LogCaptureFixture) -> None:
+    """The same text within ten minutes is the same alarm, however often; after that it is told and counted again, and
+    is the newest of those that are shown, once.
+    """
+    clock = Clock()
+    alarms = Alarms(clock)
+    for _ in range(599):
+        alarms.tell("kind", "again")
+        clock.now += 1
+    alarms.tell("kind", "another")
+    assert alarms.counts() == {"kind": 2}
+    assert alarms.shown() == ("again", "another")
+    clock.now += 1
+    alarms.tell("kind", "again")
+    clock.now += 5
+    assert alarms.counts() == {"kind": 3}
+    assert alarms.shown() == ("another", "again")
+    assert [record.getMessage() for record in caplog.records] == [
+        "ALARM kind: again", "ALARM kind: another", "ALARM kind: again",
+    ]  # fmt: skip
+
+
+def test_alarms_without_end_are_bounded() -> None:
+    """P6: of the texts that were told the last 1,000 are remembered, of those shown the last 20; all are counted."""
+    alarms = Alarms(Clock())
+    for number in range(5000):
+        alarms.tell("kind", f"text {number}")
+    for number in range(4000, 5000):
+        alarms.tell("kind", f"text {number}")
+    assert alarms.counts() == {"kind": 5000}
+    alarms.tell("kind", "text 3999")
+    assert alarms.counts() == {"kind": 5001}
+
+
+def test_when_alarms_are_shown() -> None:
+    """The first one at once, then those of five seconds together; who waits for that is told how long, and is not made
+    to wait when there is something.
+    """
+    clock = Clock()
+    alarms = Alarms(clock)
+    assert alarms.tend() == math.inf
+    assert alarms.tell("kind", "a")
+    assert alarms.shown() == ("a",)
+    clock.now += 2
+    assert not alarms.tell("kind", "b")
+    assert not alarms.tell("kind", "c")
+    assert alarms.shown() == ("a",)
+    assert alarms.tend() == 3
+    clock.now += 3
+    assert alarms.tend() == 0
+    assert alarms.tend() == 5
+    assert alarms.shown() == ("a", "b", "c")
+    clock.now += 5
+    assert alarms.tend() == math.inf
+    assert alarms.tell("kind", "d")
+    assert alarms.shown() == ("a", "b", "c", "d")
+
+
+def test_a_storm_of_alarms_does_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """P6: of one kind 60 a minute are in the log, and then a line that says how many there were besides, also when the
+    storm is over and no further alarm comes. Other kinds are not held up by it.
+    """
+    clock = Clock()
+    alarms = Alarms(clock)
+
+    def logged() -> list[str]:
+        lines = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+        caplog.clear()
+        return lines
+
+    for minute in range(2):
+        for number in range(100):
+            alarms.tell("storm", f"text {minute} {number}")
+        alarms.tell("other", f"single {minute}")
+        alarms.tend()
+        lines = logged()
+        assert lines[-1] == f"ALARM other: single {minute}"
+        assert lines[-61:-1] == [f"ALARM storm: text {minute} {number}" for number in range(60)]
+        assert lines[:-61] == ["ALARM storm: 40 more within a minute were counted and are not in this log"] * minute
+        clock.now += 60
+    assert alarms.counts() == {"storm": 200, "other": 2}
+    for _ in range(3):
+        alarms.tend()
+        clock.now += 60
+    assert logged() == ["ALARM storm: 40 more within a minute were counted and are not in this log"]

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from conftest import missing
+from ipam_plugin import cli, config
 from ipam_plugin import install as installing
 from ipam_plugin.errors import ConfigError, Refused
 
@@ -112,6 +113,44 @@ def test_another_systems_register_is_left_alone(system: Path) -> None:
 
     installing.uninstall(str(system), give_back)
     assert not (system / SERVICE).exists()
+
+
+@pytest.mark.parametrize("given", [["standby addresses of host a given back: 2"], []])
+def test_a_daemon_that_was_started_by_hand_gives_back_too(
+    system: Path, monkeypatch: pytest.MonkeyPatch, given: list[str]
+) -> None:
+    """What a daemon keeps in the register has nothing to do with who put its files there, or whether anybody did."""
+
+    class Live(installing._Root):
+        def __init__(self, root: str) -> None:
+            super().__init__(root)
+            self.live = True
+
+    monkeypatch.setattr(installing, "_Root", Live)
+    before = tree(system)
+    lines = installing.uninstall(str(system), lambda: given)
+    assert lines == [*given, f"nothing {'else ' if given else ''}to do: install put nothing here"]
+    assert tree(system) == before
+
+
+def test_where_nothing_was_ever_set_up_no_register_is_missed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A second uninstall, when all is gone, has nothing to complain of; a daemon's traces without a configuration are
+    a reason to."""
+    usual = str(tmp_path / "config.yaml")
+    for module, name, value in (
+        (config, "DEFAULT_PATH", usual),
+        (installing, "CONFIG", usual),
+        (installing, "STATE_DIR", str(tmp_path)),
+        (cli, "EMBEDDED_DATA", tmp_path / "etcd"),
+    ):
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.delenv("IPAM_PLUGIN_CONFIG", raising=False)
+    assert list(cli._give_back_standby(None)) == []
+    [line] = cli._give_back_standby(str(tmp_path / "mistyped.yaml"))
+    assert "mistyped.yaml: there is no such file" in line
+    (tmp_path / "host").write_text("a\n")
+    [line] = cli._give_back_standby(None)
+    assert f"{usual}: there is no such file" in line
 
 
 def test_directories_that_install_made_go_too(tmp_path: Path) -> None:

@@ -119,6 +119,7 @@ class ViewOfRegister(RuleBasedStateMachine):
         self.lists: list[tuple[dict[str, tuple[bytes, int]], int]] = []
         self.cursors: dict[str, int | None] = {}
         self.trying: list[tuple[Any, str, int]] = []
+        self.rumours: dict[tuple[str, int, int], int] = {}  # (segment, version, number) -> until
         self.view.reset([], 1)
 
     # ---- what happens in etcd
@@ -184,6 +185,17 @@ class ViewOfRegister(RuleBasedStateMachine):
     def write_junk(self, key: str) -> None:
         self.write(KEYS.prefix + key, b"junk")
 
+    @rule(segment=st.sampled_from(("lan", "wan")), version=versions, last=lasts, seconds=st.sampled_from((1, COOLDOWN)))
+    def hear_a_rumour(self, segment: str, version: int, last: int, seconds: int) -> None:
+        number = number_of(version, last)
+        self.view.skip(segment, address_of(version, number), float(seconds))
+        known = self.rumours.get((segment, version, number), 0)
+        self.rumours[segment, version, number] = max(known, self.clock + seconds)
+
+    @rule()
+    def look_who_has_rested(self) -> None:
+        self.view.wake_rested()
+
     @rule(seconds=st.sampled_from((1, COOLDOWN - 1, COOLDOWN)))
     def time_goes_on(self, seconds: int) -> None:
         self.clock += seconds
@@ -229,6 +241,7 @@ class ViewOfRegister(RuleBasedStateMachine):
             for key, (_, key_revision) in values.items():
                 self.told[key] = max(self.told.get(key, 0), key_revision)
             self.seen = revision
+            self.rumours.clear()
             self.view.reset([(key, value, at) for key, (value, at) in values.items()], revision)
 
     @precondition(lambda self: self.lists)
@@ -240,6 +253,7 @@ class ViewOfRegister(RuleBasedStateMachine):
             self.log = [event for event in self.log if event[2] <= revision]
             self.told = {key: at for key, (_, at) in values.items()}
             self.reads, self.lists = [], []
+            self.rumours.clear()
             self.view.reset([(key, value, at) for key, (value, at) in values.items()], revision)
 
     # ---- the naive model
@@ -281,7 +295,8 @@ class ViewOfRegister(RuleBasedStateMachine):
         return excluded | {int(each) for each in singles if each.version == version}
 
     def resting(self, pool: Pool) -> set[int]:
-        found = set()
+        heard = (pool.segment, pool.subnet.version)
+        found = {key[2] for key, until in self.rumours.items() if key[:2] == heard and until > self.clock}
         for key, (value, _) in self.etcd.items():
             text = key.removeprefix(f"{KEYS.history}{pool.segment}/")
             if text != key and text != "x" and ipaddress.ip_address(text).version == pool.subnet.version:
@@ -735,7 +750,11 @@ def test_macs_that_are_no_strangers() -> None:
         return KEYS.past("lan", address(last)), encode(History((Tenancy(kind, mac=mac, until=until),))), revision
 
     hosts = encode(
-        Host("there", addresses=(HostAddress("10.0.0.2", 28, "br0", "aa"), HostAddress("x", 28, "br1", "bb")))
+        Host(
+            "there",
+            addresses=(HostAddress("10.0.0.2", 28, "br0", "aa"), HostAddress("x", 28, "br1", "bb")),
+            macs=("aa", "listens"),  # the parent of a macvlan network needs no address
+        )
     )
     view.reset(
         [
@@ -747,10 +766,9 @@ def test_macs_that_are_no_strangers() -> None:
         ],
         10,
     )
-    assert view.host_macs() == {"aa", "bb"}
-    assert [mac for mac in ("aa", "bb", "lately", "ahead", "long ago", "stranger", "") if view.is_ours(mac)] == [
-        "aa", "bb", "lately", "ahead",
-    ]  # fmt: skip
+    assert view.host_macs() == {"aa", "bb", "listens"}
+    told = ("aa", "bb", "listens", "lately", "ahead", "long ago", "stranger", "")
+    assert [mac for mac in told if view.is_ours(mac)] == ["aa", "bb", "listens", "lately", "ahead"]
     now[0] += 30
     assert not view.is_ours("lately")
     now[0] += 91
@@ -875,7 +893,74 @@ def test_an_address_that_is_skipped() -> None:
         assert found[-1] == number_of(4, 6)
     now[0] += COOLDOWN
     assert view.has_free(V4)
-    assert not view._segment("lan").families[4].resting
+    assert nothing_avoided(view)
+
+
+def nothing_avoided(view: View) -> bool:
+    """Whether nothing is left of rests and rumours."""
+    family = view._segment("lan").families[4]
+    return not len(family.resting) and not len(family.rumours) and not len(family.avoid)
+
+
+def test_a_flood_of_rumours_is_bounded() -> None:
+    """P6: anybody on the LAN can be heard with one address after the other. The last 4,096 are kept, whatever time they
+    have; those before are forgotten and may be chosen again, but for those that are taken or rest.
+    """
+    pool = Pool.make("10.0.0.0/16", "", {}, "lan")
+    freed = rfc3339(datetime.datetime.fromtimestamp(START, datetime.UTC))
+    view = fed(
+        (lease_key(5), encode(Lease(ENDPOINT, "there"))),
+        (KEYS.past("lan", address(6)), encode(History((Tenancy(ENDPOINT, until=freed),)))),
+    )
+    for last in range(2, 20_000, 2):  # no two of them touch
+        view.skip("lan", address(last), 300)
+        view.skip("lan", address(5), 1)
+        view.skip("lan", address(6), 1)
+    family = view._segment("lan").families[4]
+    assert len(family.rumours) == 4096
+    assert len(family.avoid) == 4096 + 2
+    assert all(number_of(4, last) in family.avoid for last in range(20_000 - 2 * 4096, 20_000, 2))
+    assert all(number_of(4, last) in family.avoid for last in (5, 6))
+    assert view.has_free(pool)
+
+
+def test_strangers_that_chat_all_day_cost_nothing() -> None:
+    """P6: a rumour that is heard again is the same one with a new end, also while nobody asks for an address; silent
+    for that long, it is forgotten without that.
+    """
+    now = [float(START)]
+    view = View(KEYS, "here", lambda segment: Local(cooldown=float(COOLDOWN)), lambda: now[0])
+    for _ in range(50):
+        for last in range(1, 401, 2):
+            view.skip("lan", address(last), 300)
+        now[0] += 200
+        view.wake_rested()
+        family = view._segment("lan").families[4]
+        assert len(family.rumours) == len(family.avoid) == len(family.rumours._heap) == 200
+    now[0] += 300
+    view.wake_rested()
+    assert nothing_avoided(view)
+
+
+def test_many_rests_that_end_at_once_hold_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """P6: the view is locked while they are forgotten, so a request forgets at most 1,000 of them; what is not yet
+    forgotten is still given when nothing else is left.
+    """
+    now = [float(START)]
+    view = View(KEYS, "here", lambda segment: Local(cooldown=float(COOLDOWN)), lambda: now[0])
+    freed = encode(History((Tenancy(ENDPOINT, until=rfc3339(datetime.datetime.fromtimestamp(START, datetime.UTC))),)))
+    view.reset([(KEYS.past("lan", address(last)), freed, 1 + last) for last in range(1, 5_001)], 10_000)
+    view.has_free(V4)  # works out once what is forbidden
+    now[0] += COOLDOWN
+    questions = Questions(monkeypatch)
+    assert view.has_free(V4)
+    assert questions.asked <= 2 * 1000 + 32
+    questions.asked = 0
+    view.wake_rested()
+    assert questions.asked <= 2 * 1000
+    for _ in range(3):
+        view.wake_rested()
+    assert nothing_avoided(view)
 
 
 def test_waiting_for_a_condition() -> None:

@@ -20,15 +20,17 @@ import pytest
 
 from conftest import missing
 from daemons import GATEWAY, endpoint
-from test_engine import failed, leases, of_kind, start
+from test_engine import DEADLINE, failed, leases, of_kind, start
 from tests import lab as labs
-from tests.lab import ROUTER4, ROUTER6, SUBNET4, SUBNET6, Host, Lab, until
+from tests.lab import ROUTER4, ROUTER6, SUBNET4, SUBNET6, Host, Lab, machines, until
 
 pytestmark = [pytest.mark.root, pytest.mark.engine, pytest.mark.etcd]
 
 LEASES = "/ipam-plugin/v1/leases/default/"
 STANDBY = 2  # unless configured
 FRAMES = ("ipam_plugin_wire_frames_total", "ipam_plugin_wire_frames_lost_total")
+RECEIVED = "cat /sys/class/net/br0/statistics/rx_packets"
+VERDICTS = ("free", "stranger", "ours", "heard", "unknown")
 SETTLING = 20.0  # seconds in which the stock is full again: a full probe takes up to 6 s, on two busy cores
 
 
@@ -145,7 +147,7 @@ class Growth:
 
     @staticmethod
     def _names() -> list[str]:
-        verdicts = [f'ipam_plugin_probes_total{{result="{each}"}}' for each in ("free", "stranger", "ours", "unknown")]
+        verdicts = [f'ipam_plugin_probes_total{{result="{each}"}}' for each in VERDICTS]
         kinds = ("proxy_arp", "address_used_twice", "cannot_probe")
         alarms = [f'ipam_plugin_alarms_total{{kind="{each}"}}' for each in kinds]
         return ["ipam_plugin_unproven_addresses_total", "ipam_plugin_conflicts_total", *verdicts, *alarms]
@@ -291,6 +293,30 @@ def test_an_address_asked_for_by_hand(lan: Lab) -> None:
     assert printer.mac in host.command("release", address)
     assert of_kind(lan, "conflict") == {}
     assert start(host, "web", "--ip", address) == address
+
+
+def test_a_known_stranger_on_a_dead_wire(lan: Lab) -> None:
+    """What is known of an address outweighs a wire that says nothing: --ip of a conflict is refused with its MAC also
+    where `probe_failure: warn` would give an address of which nothing is known, and the conflict stays (P2)."""
+    host, printer = lan.hosts[0], lan.machines[0]
+    address = "192.168.77.131"
+    network(host, "192.168.77.160/28")
+    printer.add_address(address)
+    refused(host, "--ip", address)
+    known = of_kind(lan, "conflict")
+    assert macs(known) == {address: printer.mac}
+    host.cut_off()
+    try:
+        since = Growth(host)
+        said = refused(host, "--ip", address)
+        assert address in said
+        assert printer.mac in said
+        assert of_kind(lan, "conflict") == known
+        # Nothing is known of this one.
+        assert start(host, "web", "--ip", "192.168.77.132") == "192.168.77.132"
+        assert since.unproven == 1
+    finally:
+        host.rejoin()
 
 
 def test_the_gateway_of_somebody_else(lan: Lab) -> None:
@@ -529,42 +555,183 @@ def test_standby_goes_with_the_last_network(lan: Lab) -> None:
     until(lambda: not leftovers(lan), 2, "only the hosts' own leases are left")
 
 
-def test_a_flood(lan: Lab) -> None:
-    """10,000 ARP frames a second, each of another machine, for 10 s: the daemon's memory stays bounded and every
-    request is answered with an address that nobody uses."""
+def test_uninstall_without_install(lan: Lab) -> None:
+    """A daemon that was started by hand leaves standby too, and uninstall gives it back though it finds no file of its
+    own; while that daemon runs, it takes nothing away from under it (P5)."""
+    first, second = lan.hosts
+    for host in lan.hosts:
+        network(host, "192.168.77.80/28")
+    kept, others = stocked(lan, first), stocked(lan, second)
+    said = first.command("uninstall")
+    assert "were not given back: state_dir: " in said
+    assert standby(lan, first) == kept
+    first.services["daemon"].terminate()
+    assert standby(lan, first) == kept
+    try:
+        assert first.command("uninstall").splitlines() == [
+            f"standby addresses of host {first.name} given back: {STANDBY}",
+            "nothing else to do: install put nothing here",
+        ]
+        assert standby(lan, first) == set()
+        assert standby(lan, second) == others
+    finally:
+        first.start_daemon()
+
+
+# --- standby of another host, asked for by name -----------------------------------------------------------
+
+
+def by_ip(host: Host, address: str) -> list[str]:
+    return ["run", "-d", "--network", "lan", "--ip", address, "busybox"]
+
+
+def by_aux_address(host: Host, address: str) -> list[str]:
+    driver = ("--ipam-driver", "ipam-plugin", "--subnet", SUBNET4, "--ip-range", "192.168.77.32/28")
+    more = ("--aux-address", f"DefaultGatewayIPv4={ROUTER4}", "--aux-address", f"printer={address}")
+    return ["network", "create", "-d", "bridge", "-o", "com.docker.network.bridge.name=br0", *driver, *more, "another"]
+
+
+def by_gateway(host: Host, address: str) -> list[str]:
+    driver = ("--ipam-driver", "ipam-plugin", "--subnet", SUBNET4, "--ip-range", "192.168.77.32/28")
+    more = ("--gateway", address, "--ipam-opt", "gateway=router")
+    return ["network", "create", "-d", "macvlan", "-o", "parent=br0", *driver, *more, "another"]
+
+
+WAYS = {"--ip": (by_ip, "endpoint"), "--aux-address": (by_aux_address, "router"), "--gateway": (by_gateway, "router")}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_address_that_another_host_keeps_ready(lan: Lab, way: str) -> None:
+    """Standby is nobody's yet: a living host gives it back to whoever asks for that very address, and keeps another
+    one instead."""
+    first, second = lan.hosts
+    words, kind = WAYS[way]
+    network(second, "192.168.77.80/28")
+    if way == "--ip":
+        network(first, "192.168.77.112/28")
+    address = sorted(stocked(lan, second))[0]
+    began = time.monotonic()
+    first.docker(*words(first, address))
+    print(f"{time.monotonic() - began:.2f} s")
+    lease = leases(lan)[address]
+    assert lease["kind"] == kind
+    assert first.name in ({lease.get("host")} | {each["host"] for each in lease.get("holders", [])})
+    if way == "--ip":
+        assert address in {each.address for each in first.live()}
+    assert address not in stocked(lan, second)
+    assert lan.etcdctl("get", "--prefix", "--keys-only", "/ipam-plugin/v1/wanted/") == ""
+
+
+def test_an_address_that_a_dead_host_kept_ready(lan: Lab) -> None:
+    """Nobody can say what a host that is gone does with its addresses: whoever asks for one is told whose it is, and
+    nothing changes (P1, P7)."""
+    first, second = lan.hosts
+    for host in lan.hosts:
+        network(host, "192.168.77.80/28")
+    address = sorted(stocked(lan, second))[0]
+    before = leases(lan)[address]
+    second.kill("daemon")
+    try:
+        alive = f"/ipam-plugin/v1/alive/{second.name}"
+        until(lambda: lan.etcdctl("get", alive) == "", 60, "its heartbeat has ended", pause=0.5)
+        remove_all(first)
+        network(first, "192.168.77.112/28")
+        for way, (words, _) in WAYS.items():
+            if way != "--ip":
+                remove_all(first)
+            said = failed(first, *words(first, address))
+            assert address in said, way
+            assert second.name in said, way
+            assert leases(lan)[address] == before, way
+    finally:
+        second.start_daemon()
+    stocked(lan, second)
+
+
+# --- floods --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "senders"),
+    [
+        ("requests", ["192.168.77.0/24"]),
+        ("replies", ["192.168.77.224/28"]),
+        # Those that somebody has are filled in: a host, the router, two containers, and the stock.
+        ("requests", []),
+        ("replies", []),
+    ],
+    ids=["the whole subnet", "the pool", "leased, requests", "leased, replies"],
+)
+def test_a_flood(lan: Lab, kind: str, senders: list[str]) -> None:
+    """10,000 ARP frames a second for 10 s, each of another machine that says it has an address of the subnet: every
+    request is answered, with an address that nobody uses; nobody's address becomes a conflict; memory, alarms and what
+    is written to etcd stay bounded."""
     host, [printer, laptop] = lan.hosts[0], lan.machines
-    pool, _ = driver_pool(host, "192.168.77.224/28")
     printer.add_address("192.168.77.230")
-    stocked(lan, host)
-    memory, [heard, lost] = [rss(host)], [host.metric(name) for name in FRAMES]
-    flood = laptop.flood(10_000, 10)
-    begun = host.sh("cat /sys/class/net/br0/statistics/rx_packets")
-    until(lambda: int(host.sh("cat /sys/class/net/br0/statistics/rx_packets")) > int(begun) + 1000, 10, "it has begun")
-    seconds, given = [], []
-    while not flood.done():
-        # More than there is in stock, so that some wait for the wire in the request.
-        for _ in range(4):
-            began = time.monotonic()
-            given.append(driver_address(host, pool))
-            seconds.append(time.monotonic() - began)
-        memory.append(rss(host))
-        for address in given[-4:]:
-            assert host.driver("IpamDriver.ReleaseAddress", {"PoolID": pool, "Address": address})[0] == 200
-    sent = int(flood.result(10).stdout)
-    memory.append(rss(host))
-    # Before the last pool goes, and with it the listener and its counters.
-    heard, lost = host.metric(FRAMES[0]) - heard, host.metric(FRAMES[1]) - lost
-    host.driver("IpamDriver.ReleasePool", {"PoolID": pool})
-    print(
-        f"{sent} frames in 10 s, {heard:.0f} looked at and {lost:.0f} not; "
-        f"{len(seconds)} requests, median {statistics.median(seconds) * 1e3:.0f} ms, most {max(seconds) * 1e3:.0f} ms; "
-        f"memory before {memory[0] / 1e6:.1f} MB, most {max(memory) / 1e6:.1f} MB, after {memory[-1] / 1e6:.1f} MB"
-    )
+    with driven(lan, host, "192.168.77.224/28") as pool:
+        stocked(lan, host)
+        containers = [driver_address(host, pool) for _ in range(2)]
+        ready = stocked(lan, host)
+        if not senders:
+            senders = [host.address, lan.hosts[1].address, ROUTER4, *containers, *ready]
+        memory, [heard, lost] = [rss(host)], [host.metric(name) for name in FRAMES]
+        since = Growth(host)
+        seconds, given = [], []
+        with lan.written("/ipam-plugin/v1/") as events:
+            begun = int(host.sh(RECEIVED))
+            # Not by Machine.flood, whose senders are no addresses of this LAN.
+            flood = laptop.run_async(*machines.FRAMES, "flood", "eth0", "10000", "10", kind, *senders)
+            until(lambda: int(host.sh(RECEIVED)) > begun + 1000, 10, "it has begun")
+            while not flood.done():
+                # More than there is in stock, so that some wait for the wire in the request.
+                for _ in range(4):
+                    began = time.monotonic()
+                    given.append(driver_address(host, pool))
+                    seconds.append(time.monotonic() - began)
+                memory.append(rss(host))
+                for address in given[-4:]:
+                    assert host.driver("IpamDriver.ReleaseAddress", {"PoolID": pool, "Address": address})[0] == 200
+            sent = int(flood.result(10).stdout)
+            memory.append(rss(host))
+        # Before the last pool goes, and with it the listener and its counters.
+        heard, lost = host.metric(FRAMES[0]) - heard, host.metric(FRAMES[1]) - lost
+        alarms = since.raised("address_used_twice")
+        records = [key for _, key, _ in events if key == f"hosts/{host.name}"]
+        conflicts = {
+            key.rpartition("/")[2] for _, key, value in events if '"kind":"conflict"' in value.replace(" ", "")
+        }
+        print(
+            f"{sent} frames in 10 s, {heard:.0f} looked at and {lost:.0f} not; {len(seconds)} requests, "
+            f"median {statistics.median(seconds) * 1e3:.0f} ms, most {max(seconds) * 1e3:.0f} ms; memory before "
+            f"{memory[0] / 1e6:.1f} MB, most {max(memory) / 1e6:.1f} MB, after {memory[-1] / 1e6:.1f} MB; "
+            f"{alarms:.0f} alarms, {len(records)} writes of the host's record, {len(events)} in all; "
+            f"conflicts: {sorted(conflicts)}; looks: {[f'{each} {since.probes(each):.0f}' for each in VERDICTS]}"
+        )
+        stocked(lan, host)
     assert sent > 30_000
     assert heard + lost > sent / 2
     assert len(seconds) >= 8
+    assert max(seconds) < DEADLINE
     assert "192.168.77.230" not in given
     assert max(memory) - memory[0] < 20e6
+    assert conflicts <= {"192.168.77.230"}, "of machines that are none"
+    assert alarms <= 20
+    assert len(records) <= 20
+    # A claim, its conversion and its release, with the history, for each request; and the stock.
+    assert len(events) <= 10 * len(seconds) + 100
+
+
+@contextlib.contextmanager
+def driven(lab: Lab, host: Host, addresses: str) -> Iterator[str]:
+    """While it lasts, the host uses such a pool, without the engine: its PoolID. Afterwards all of it is given back."""
+    pool, _ = driver_pool(host, addresses)
+    try:
+        yield pool
+    finally:
+        for address, each in of_kind(lab, "endpoint").items():
+            if each["host"] == host.name:
+                host.driver("IpamDriver.ReleaseAddress", {"PoolID": pool, "Address": address})
+        host.driver("IpamDriver.ReleasePool", {"PoolID": pool})
 
 
 def rss(host: Host) -> int:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from . import docker_run, requests, size
+from . import docker_run, requests, size, wire
 from .measure import FULL, QUICK, TABLE, Row, Scale, append, disk, file_system
 from .stage import Stage
 
@@ -23,6 +23,10 @@ BENCHMARKS: dict[str, Benchmark] = {
     "memory": size.memory,
     "start": size.start,
     "docker-run": docker_run.docker_run,
+    "standby": wire.standby,
+    "starts": docker_run.starts,
+    "flood": wire.flood,
+    "cost": wire.cost,
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import json
+import os
 import random
 import secrets
 import socket
@@ -94,6 +95,11 @@ class Docker:
         status, answer = self.exchange(self.address_request(pool_id))
         assert status == 200, answer
         return str(json.loads(answer)["Address"])
+
+    def release_address(self, pool_id: str, address: str) -> None:
+        """As the engine says it: without the prefix length."""
+        status, answer = self.call("IpamDriver.ReleaseAddress", {"PoolID": pool_id, "Address": address.split("/")[0]})
+        assert status == 200, answer
 
     def address_request(self, pool_id: str) -> bytes:
         self._number += 1
@@ -240,12 +246,18 @@ class Daemon(DaemonProcess):
         they would use if nobody else mapped anything of theirs.
         """
         workers = [each for each in self.processes() if each != self.pid]
-        usage = [_rollup(each) for each in (self.pid, *workers)]
+        usage = [rollup(each) for each in (self.pid, *workers)]
         alone = usage[0]["Private_Clean"] + usage[0]["Private_Dirty"] + sum(each["Rss"] for each in usage[1:])
         return sum(each["Pss"] for each in usage) / 1024, alone / 1024
 
 
-def _rollup(pid: int) -> dict[str, int]:
+def rollup(pid: int) -> dict[str, int]:
     """Kilobytes by kind (proc(5), smaps_rollup)."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
     return {line.split(":")[0]: int(line.split()[1]) for line in lines}
+
+
+def cpu_seconds(pid: int) -> float:
+    """What a process has used of a processor (proc_pid_stat(5), utime and stime)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -8,15 +8,15 @@ Run as a script in the machine's namespaces; the last line of standard output is
   somebody uses it or probes for it as well. Says `taken`, or `left to MAC`.
 - `answer DEVICE [ADDRESS …]`: answers every ARP question but those about the given addresses, until killed. Linux's
   proxy_arp keeps quiet when it is asked by 0.0.0.0, other routers do not. Says `answering` when it does.
-- `flood DEVICE RATE SECONDS`: so many ARP announcements a second, each of another machine (random MACs and addresses
-  of 10.0.0.0/8). Says how many it has sent.
+- `flood DEVICE RATE SECONDS [requests|replies [SENDERS …]]`: so many ARP frames a second to everybody, each of another
+  machine (no MAC comes twice) that says it has a random one of the senders: addresses or CIDRs, 10.0.0.0/8 unless told.
+  Announcements are requests (RFC 5227 section 3), or replies as older systems send them. Says how many it has sent.
 
 Only the standard library, and its own encoding of frames: what the daemon hears here, the daemon has not written.
 """
 
 from __future__ import annotations
 
-import os
 import random
 import select
 import socket
@@ -24,7 +24,7 @@ import struct
 import subprocess
 import sys
 import time
-from ipaddress import IPv4Address, ip_address
+from ipaddress import IPv4Address, ip_address, ip_network
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,17 +119,19 @@ def answer(device: str, *others: str) -> None:
             raw.send(frame(mac, heard.sender_mac, REPLY, heard.target, heard.sender_mac, heard.sender))
 
 
-def flood(device: str, rate: str, seconds: str) -> int:
+def flood(device: str, rate: str, seconds: str, kind: str = "requests", *senders: str) -> int:
     raw, _ = open_raw(device)
-    frames = []
-    for _ in range(20_000):
-        mac, address = b"\x02" + os.urandom(5), IPv4Address(0x0A000000 + random.getrandbits(24))
-        frames.append(frame(mac, BROADCAST, REQUEST, address, NOBODY, address))
+    operation = {"requests": REQUEST, "replies": REPLY}[kind]
+    ranges = [ip_network(each) for each in senders or ["10.0.0.0/8"]]
+    draw = random.Random()
     began, sent = time.monotonic(), 0
     while (now := time.monotonic() - began) < float(seconds):
         # In portions: a sleep between two single frames would be longer than their distance.
-        for _ in range(min(len(frames), int(now * float(rate)) - sent)):
-            raw.send(frames[sent % len(frames)])
+        for _ in range(min(20_000, int(now * float(rate)) - sent)):
+            # A MAC that came again would be a machine that insists.
+            mac, chosen = b"\x02" + draw.randbytes(5), draw.choice(ranges)
+            address = IPv4Address(int(chosen.network_address) + draw.randrange(chosen.num_addresses))
+            raw.send(frame(mac, BROADCAST, operation, address, NOBODY, address))
             sent += 1
         time.sleep(0.001)
     return sent
