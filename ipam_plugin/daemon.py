@@ -197,6 +197,7 @@ class Daemon:
             except ProbeFailed as error:
                 self._presence.alarm("cannot_probe", f"{error}; what follows says probe_failure in the configuration")
         self._neighbourhood.on_heard = self._keeper.heard
+        self._neighbourhood.on_opened = self._presence.changed
         self._claims.on_shortage = self._keeper.wake
         self._view.on_wanted = self._keeper.wake
         self._view.on_pools = self._pools_changed

@@ -110,6 +110,7 @@ class Neighbourhood:
         self._listening: dict[str, list[Pool]] = {}  # interface -> whose LAN it is
         self._closed = False
         self.on_heard: Callable[[str, Sighting], None] = lambda segment, sighting: None
+        self.on_opened: Callable[[], None] = lambda: None  # this host asks with one more MAC, see `macs`
         self.results: dict[str, int] = {verdict.name.lower(): 0 for verdict in Verdict}
 
     def habits(self, pool: Pool) -> Habits:
@@ -280,7 +281,8 @@ class Neighbourhood:
                 raise
             self._closed_to_us.discard(interface)
             self._wires[interface] = fresh
-            return fresh
+        self.on_opened()
+        return fresh
 
     def _heard(self, interface: str, sighting: Sighting) -> None:
         """Told once for each segment of that LAN: two LANs that never meet may use the same addresses."""

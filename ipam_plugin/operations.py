@@ -118,7 +118,12 @@ class Known:
         self._settings = settings
         self._leases = {each.address: each.lease for each in leases if each.taken.size() == 1}
         self._ranges = [each for each in leases if each.taken.size() > 1]
-        self.host_macs = {each.mac.lower(): name for name, host in hosts.items() for each in host.addresses if each.mac}
+        self.host_macs = {
+            mac.lower(): name
+            for name, host in hosts.items()
+            for mac in (*host.macs, *(each.mac for each in host.addresses))
+            if mac
+        }
         self._host_addresses = {
             each.address: name
             for name, host in hosts.items()

@@ -456,6 +456,7 @@ def test_a_machine_that_only_asks_is_no_rumour(lan: Lan, a: Host, wire: FakeLan)
     free = [each for each in INSIDE if each not in stock(a)]
     for address in free:
         wire.talk(address, PRINTER, How.ARP_PROBE)
+    assert not len(a.view._segment("default").families[4].rumours)
     assert len({a.run(pool) for _ in range(8)}) == 8
 
 
