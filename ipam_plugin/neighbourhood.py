@@ -306,6 +306,15 @@ class Neighbourhood:
         for each in idle:
             each.close()
 
+    def without_interface(self, pools: Collection[Pool]) -> dict[str, str]:
+        """PoolID -> why no interface carries its subnet, as was found when they were last listened to."""
+        carriers = {pool.id: self._carriers.get((pool.subnet, self.habits(pool).interface)) for pool in pools}
+        return {
+            pool_id: known.interface.reason
+            for pool_id, known in carriers.items()
+            if known is not None and isinstance(known.interface, NoInterface)
+        }
+
     def ask(self, pool: Pool, address: Address) -> None:
         """Ask for an address in this host's own name; who answers is heard by the listener."""
         found = self.wire_of(pool)

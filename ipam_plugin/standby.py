@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 PERIOD = 1.0  # seconds between two rounds when nothing happens
 LISTEN_AGAIN = 30.0  # seconds until it is looked again which interfaces are to be listened to
+INTERFACE_PATIENCE = 10.0  # seconds for a network's bridge to appear
 LOOK_AGAIN = 60.0  # seconds after which the wire is asked again for an address in stock
 FULL_ENOUGH = 0.8  # over which part of a pool nobody keeps standby
 PATIENCE = 30.0  # seconds for claiming and looking at one address
@@ -127,6 +128,7 @@ class Keeper:
         self._alarmed = Recently(ALARMS_APART)
         self._conflicts: dict[tuple[str, Address, int], float] = {}  # with its revision -> when it is due, monotonic
         self._listened = -math.inf  # monotonic seconds
+        self._deaf_since: dict[str, float] = {}  # PoolID -> since when no interface carries it, monotonic seconds
         self._welcomed = -math.inf  # monotonic seconds
         self._alarms_left = ALARMS_AT_ONCE
         self._alarms_counted = 0.0  # monotonic seconds
@@ -151,6 +153,7 @@ class Keeper:
                 self._listened = time.monotonic()
                 self._neighbourhood.listen(pools)
                 self._pools = pools
+                self._tell_of_missing_interfaces(pools)
             for pool in pools:
                 self._tend(pool)
             for slot in self._stock.all():
@@ -166,6 +169,18 @@ class Keeper:
             # What was handed out is filled up with the next round, not at once: a request that is being answered would
             # have to share the interpreter with it.
             self._wake.wait(PERIOD)
+
+    def _tell_of_missing_interfaces(self, pools: Sequence[Pool]) -> None:
+        """Not at once: Docker makes the bridge of a network after it has asked for its addresses."""
+        now = time.monotonic()
+        reasons = self._neighbourhood.without_interface(pools)
+        self._deaf_since = {pool_id: self._deaf_since.get(pool_id, now) for pool_id in reasons}
+        for pool_id, since in self._deaf_since.items():
+            if now - since > INTERFACE_PATIENCE:
+                self._alarm(
+                    "no_interface",
+                    f"pool {pool_id}: {reasons[pool_id]}. Until then probe_failure says what becomes of its addresses",
+                )
 
     def close(self) -> None:
         self._stop.set()

@@ -1213,3 +1213,17 @@ def test_standby_that_is_excluded_later_goes() -> None:
         until(lambda: len(a.stock.all()) == 2, "the stock")
         lan.put(KEYS.segment("default"), '{"exclude":["192.168.1.16-192.168.1.29"]}')
         until(lambda: lan.of_kind("standby") == ["192.168.1.30", "192.168.1.31"], "standby outside of it")
+
+
+def test_a_pool_without_an_interface_is_told(lan: Lan, wire: FakeLan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing can be looked for an operator hears of it, but not of a bridge that Docker is about to make."""
+    monkeypatch.setattr(standby, "LISTEN_AGAIN", 0.0)
+    a = lan.host("a", bridge("10.9.9.9/24"), habits=Habits(standby=2), wire=wire)
+    a.create()
+    a.keep()
+    rounds(a)
+    assert not a.alarms
+    monkeypatch.setattr(standby, "INTERFACE_PATIENCE", -1.0)
+    until(lambda: a.alarms, "the alarm")
+    assert a.alarms[0][0] == "no_interface"
+    assert "no interface of this host has an address in 192.168.1.0/24" in a.alarms[0][1]
