@@ -166,11 +166,12 @@ class Neighbourhood:
         if isinstance(outcome, InUse):
             if time.monotonic() + times.longest + MARGIN > deadline:
                 return Look(Verdict.HEARD, outcome.mac)
-            # One frame may be anybody's; who uses the address answers again.
-            rumour = outcome.mac if outcome.how.probing else ""
+            # One frame to everybody may be anybody's, and who uses the address answers again. But one who answered, or
+            # asks whether he may use it, is left alone also when he is not heard again (frames get lost).
+            rumour = outcome.mac if outcome.how.probing or outcome.answering else ""
             outcome = wire.probe(address, times, deadline=deadline, ignored=proxies, doubted=outcome.mac)
         if isinstance(outcome, Failed):
-            return Look(Verdict.UNKNOWN, reason=outcome.reason)
+            return Look(Verdict.HEARD, rumour) if rumour else Look(Verdict.UNKNOWN, reason=outcome.reason)
         if isinstance(outcome, InUse):
             everything = self._answers_for_everything(wire, pool, address, outcome.mac, deadline)
             if everything:
@@ -179,10 +180,10 @@ class Neighbourhood:
             if self._view.is_ours(outcome.mac):
                 return Look(Verdict.OURS, outcome.mac)
             return Look(Verdict.HEARD if everything is None else Verdict.STRANGER, outcome.mac)
-        if outcome.ignored:
-            return Look(Verdict.UNKNOWN, outcome.ignored, _proxy(outcome.ignored, wire.interface))
         if rumour:
             return Look(Verdict.HEARD, rumour)
+        if outcome.ignored:
+            return Look(Verdict.UNKNOWN, outcome.ignored, _proxy(outcome.ignored, wire.interface))
         with self._lock:
             self._silent[wire.interface] = time.monotonic()
             for mac in proxies:

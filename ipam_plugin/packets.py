@@ -8,7 +8,7 @@ destination address to the end of the payload, without the checksum.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from ipaddress import IPv4Address, IPv6Address
 
@@ -116,11 +116,15 @@ class How(Enum):
 
 @dataclass(frozen=True)
 class Claim:
-    """`mac` uses `address` (or wants to: `how.probing`)."""
+    """`mac` uses `address` (or wants to: `how.probing`).
+
+    `answering`: it was said to the one who asked, or as one who asks in nobody's name is answered.
+    """
 
     mac: str
     address: Address
     how: How
+    answering: bool = field(default=False, compare=False)
 
 
 def claims(packet: Packet) -> Claim | None:
@@ -132,14 +136,15 @@ def claims(packet: Packet) -> Claim | None:
         mac = packet.sender_mac if packet.sender_mac != NO_MAC else packet.source
         if packet.sender != NO_ADDRESS:
             if packet.operation is Operation.REPLY:
-                return Claim(mac, packet.sender, How.ARP_REPLY)
+                return Claim(mac, packet.sender, How.ARP_REPLY, packet.destination != BROADCAST)
             announced = packet.sender == packet.target
             return Claim(mac, packet.sender, How.ARP_ANNOUNCEMENT if announced else How.ARP_REQUEST)
         if packet.operation is Operation.REQUEST and packet.target != NO_ADDRESS:
             return Claim(mac, packet.target, How.ARP_PROBE)
         return None
     if isinstance(packet, NeighbourAdvertisement):
-        return Claim(packet.link_layer or packet.source, packet.target, How.ADVERTISEMENT)
+        # To all nodes, because one who asks from :: has no address yet (RFC 4861 section 7.2.4).
+        return Claim(packet.link_layer or packet.source, packet.target, How.ADVERTISEMENT, answering=True)
     if packet.ip_source == UNSPECIFIED:
         return Claim(packet.source, packet.target, How.DETECTION)
     return Claim(packet.link_layer or packet.source, packet.ip_source, How.SOLICITATION)

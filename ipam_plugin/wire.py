@@ -27,7 +27,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
@@ -75,11 +75,13 @@ class Silent:
 class InUse:
     """This MAC answered, or claimed the address meanwhile, or wants it at this moment too (`how.probing`).
 
-    It may be a registered host's or this interface's own: the caller knows what that means.
+    It may be a registered host's or this interface's own: the caller knows what that means. `answering`: it answered
+    the question, which a frame for everybody does not.
     """
 
     mac: str
     how: How
+    answering: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -287,7 +289,7 @@ class Wire:
             # The listener may be behind, or be stopped this very moment: an answer counts that came in time.
             unread = self._take_answers()
             if question.answer is not None:
-                return InUse(question.answer.mac, question.answer.how)
+                return InUse(question.answer.mac, question.answer.how, question.answer.answering)
             if until > deadline:
                 return Failed(f"no time was left for {times.longest:g} s of probing on {self.interface}")
             after = self._evidence()

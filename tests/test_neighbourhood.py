@@ -32,7 +32,7 @@ from ipam_plugin.model import (
 from ipam_plugin.neighbourhood import Look, Neighbourhood, Verdict
 from ipam_plugin.packets import How
 from ipam_plugin.view import Local, View
-from ipam_plugin.wire import FAST, FULL, InUse, Outcome, Sighting, Silent, Times, Wire
+from ipam_plugin.wire import FAST, FULL, Failed, InUse, Outcome, Sighting, Silent, Times, Wire
 
 KEYS = Keys()
 POOL = Pool.make("192.168.1.0/24", "192.168.1.64/29", {}, "default")
@@ -353,13 +353,25 @@ def test_two_in_a_row_is_no_proxy(case: Case) -> None:
     assert case.alarms == []
 
 
-@pytest.mark.parametrize(("how", "verdict"), [(How.ARP_REQUEST, Verdict.FREE), (How.ARP_PROBE, Verdict.HEARD)])
-def test_one_frame_is_a_rumour(case: Case, how: How, verdict: Verdict) -> None:
-    """What is said once and not again when asked for makes no conflict; who asks for it may be about to use it."""
+@pytest.mark.parametrize("then", [Silent(), Failed("its cable is out")])
+@pytest.mark.parametrize(
+    ("said", "silent", "failed"),
+    [
+        (InUse(PRINTER, How.ARP_REQUEST), Verdict.FREE, Verdict.UNKNOWN),
+        (InUse(PRINTER, How.ARP_PROBE), Verdict.HEARD, Verdict.HEARD),
+        (InUse(PRINTER, How.ARP_REPLY, answering=True), Verdict.HEARD, Verdict.HEARD),
+        (InUse(PRINTER, How.ARP_REPLY), Verdict.FREE, Verdict.UNKNOWN),
+    ],
+)
+def test_one_frame_is_a_rumour(case: Case, said: InUse, silent: Verdict, failed: Verdict, then: Outcome) -> None:
+    """What is said to everybody once, and not again when asked for, makes no conflict. Who answered, or is about to use
+    the address, is left alone (P2), also when nothing more was heard of him.
+    """
+    verdict = silent if isinstance(then, Silent) else failed
 
     class Once(Scripted):
         def probe(self, address: Address, times: Times, *, doubted: str = "", **more: Any) -> Outcome:
-            return Silent() if doubted else InUse(PRINTER, how)
+            return then if doubted else said
 
     case.neighbourhood._open_wire = lambda interface, on_heard, **_: Once(case.lan, interface, on_heard, case)
     assert case.look().verdict is verdict

@@ -400,3 +400,13 @@ def test_solicited_node_groups() -> None:
     group = packets.solicited_node(IPv6Address("4037::1:800:200e:8c6c"))
     assert group == IPv6Address("ff02::1:ff0e:8c6c")  # the RFC's own example
     assert packets.multicast_mac(group) == "33:33:ff:0e:8c:6c"
+
+
+def test_an_answer_is_told_from_what_is_said_to_everybody() -> None:
+    """Only an answer to the one who asked is more than a rumour: a gratuitous reply is said to all (RFC 5227, 3)."""
+    reply = Arp(THEIRS, OURS, REPLY, THEIRS, V4, OURS, V4_NONE)
+    said = claims(reply)
+    to_all = claims(replace(reply, destination=BROADCAST))
+    assert said is not None
+    assert to_all is not None
+    assert (said.answering, to_all.answering) == (True, False)
