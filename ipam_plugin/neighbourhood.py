@@ -79,9 +79,8 @@ class _Carrier(NamedTuple):
 class Neighbourhood:
     """The wires of this host. Every method may be called from any thread; deadlines are of time.monotonic().
 
-    `habits(segment)` is what the configuration says. `on_heard` is called with a
-    segment in the listeners' threads. `open_wire` takes
-    what Wire takes.
+    `habits(segment)` is what the configuration says. `on_heard` is called with a segment in the listeners' threads.
+    `open_wire` takes what Wire takes.
     """
 
     def __init__(
