@@ -49,5 +49,9 @@ class ProbeFailed(IpamError):
     """Whether the wire uses an address could not be found out (rights, interface); policy decides what follows."""
 
 
+class DockerUnavailable(IpamError):
+    """dockerd did not say, or not completely, what it has; nothing follows from that."""
+
+
 class ConfigError(Exception):
     """The configuration cannot be used; the text starts with the path of the key. Start-up only, exit status 2."""

@@ -263,6 +263,8 @@ class Lease(msgspec.Struct, frozen=True, omit_defaults=True):
     # that a write is recognised as this one and no other (the token stays, a release compares it).
     change: str = ""
     vendor: str = ""  # kind conflict: who made that MAC, where known
+    fixed: bool = False  # kinds endpoint and held: its container asks for it by `--ip`
+    until: str = ""  # kind held: when the hold ends
 
     def told(self) -> str:
         """Who has it, for a sentence."""
@@ -345,6 +347,7 @@ class Host(msgspec.Struct, frozen=True, omit_defaults=True):
     segments: tuple[str, ...] = ()  # where these addresses are; (), as in records of before: in all of them
     alarms: tuple[str, ...] = ()
     macs: tuple[str, ...] = ()  # of the interfaces that its daemon listens on, which may be without an address
+    absent: str = ""  # since when its heartbeat is missing, as the first living daemon that noticed wrote it down
 
 
 class Alive(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -479,9 +482,11 @@ class Keys:
     hosts: str = field(init=False)
     alive: str = field(init=False)
     wanted: str = field(init=False)
+    retiring: str = field(init=False)
+    gone: str = field(init=False)
 
     def __post_init__(self) -> None:
-        for name in ("leases", "history", "segments", "pools", "hosts", "alive", "wanted"):
+        for name in ("leases", "history", "segments", "pools", "hosts", "alive", "wanted", "retiring", "gone"):
             object.__setattr__(self, name, f"{self.prefix}{name}/")
 
     def lease(self, segment: str, address: Address) -> str:
@@ -504,6 +509,14 @@ class Keys:
 
     def want_address(self, segment: str, address: Address, host: str) -> str:
         return f"{self.wanted}{segment}/{address}/{host}"
+
+    def retire(self, host: str) -> str:
+        """The order to retire a host, and how far it got."""
+        return f"{self.retiring}{host}"
+
+    def lost(self, host: str) -> str:
+        """What a retired host has lost, for when it returns."""
+        return f"{self.gone}{host}"
 
     def heartbeat(self, host: str) -> str:
         return f"{self.alive}{host}"

@@ -24,6 +24,8 @@ ALLOWED = {
     "wire": {"addresses", "errors", "interfaces", "packets"},
     "scan": {"addresses", "errors", "interfaces", "packets", "wire"},
     "vendors": set(),
+    "evidence": {"addresses", "errors", "model"},
+    "dockerd": {"addresses", "errors", "evidence"},
     "etcd3_import": set(),
     "etcd": {"errors", "etcd3_import"},
     "config": {"addresses", "errors"},
@@ -52,6 +54,8 @@ OWNERS = {
     "etcd3": {"etcd3_import"},
     "grpc": {"etcd"},
     "google": {"etcd3_import"},
+    "docker": {"dockerd"},
+    "requests": {"dockerd"},  # its errors come through the SDK as they are
     "pyroute2": {"interfaces"},
     "yaml": {"config"},
     "flask": {"app", "daemon"},  # the daemon only names the type
@@ -83,6 +87,7 @@ PURE = {
     "model": {"collections", "dataclasses", "datetime", "functools", "re", "typing"},
     "protocol": {"enum", "re", "typing"},
     "decisions": {"collections", "enum", "ipaddress", "typing"},
+    "evidence": {"collections", "typing"},
 }
 CLOCKS = {"now", "utcnow", "today", "time", "monotonic"}
 

@@ -1,0 +1,164 @@
+"""dockerd's own list of networks and containers. The only module that calls Docker's API.
+
+Never from a handler of Docker's requests: an engine that waits for this driver holds locks which the answer to such
+a call needs, and both would wait for ever (devplayer0/docker-net-dhcp#23).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import docker
+import docker.errors
+import requests
+
+from ipam_plugin.addresses import Address, parse_address
+from ipam_plugin.errors import DockerUnavailable
+from ipam_plugin.evidence import Attachment, Known, Look, Network
+
+TIMEOUT = 10.0  # seconds for one answer of the engine
+DRIVER = "ipam-plugin"
+
+
+class Dockerd:
+    """The Docker Engine behind a Unix socket. May be called from any thread; one look at a time."""
+
+    def __init__(self, socket: str, timeout: float = TIMEOUT) -> None:
+        self._socket = socket
+        self._timeout = timeout
+        self._lock = threading.Lock()
+        self._client: Any = None
+
+    def look(self) -> Look:
+        """What the engine has now. Raises DockerUnavailable when any part of it is missing."""
+        with self._lock:
+            began = time.monotonic()
+            try:
+                return self._look(began)
+            except (docker.errors.DockerException, requests.RequestException, OSError) as error:
+                self._drop_client()  # the next engine behind this socket may speak another version
+                raise DockerUnavailable(f"dockerd at {self._socket} does not answer: {_first_line(error)}") from None
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                self._drop_client()
+                raise DockerUnavailable(
+                    f"dockerd at {self._socket} answered with what is no answer: {type(error).__name__} {error}"
+                ) from None
+
+    def close(self) -> None:
+        with self._lock:
+            self._drop_client()
+
+    def _drop_client(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            with contextlib.suppress(OSError):
+                client.close()
+
+    def _look(self, began: float) -> Look:
+        if self._client is None:
+            self._client = docker.APIClient(f"unix://{self._socket}", version="auto", timeout=self._timeout)
+        engine = self._client.info()["ID"]
+        # The containers first: what starts meanwhile is then in the networks' own list.
+        containers = self._client.containers(all=True)
+        networks = self._client.networks()
+        details = []
+        for network in networks:
+            if (network["IPAM"] or {}).get("Driver") == DRIVER:
+                with contextlib.suppress(docker.errors.NotFound):  # removed meanwhile, and its endpoints before it
+                    details.append(self._client.inspect_network(network["Id"]))
+        ours = {network["Id"] for network in details}
+        if not isinstance(engine, str) or not engine:
+            raise ValueError("no engine ID")
+        attachments = {(each.network_id, each.address): each for each in _of_networks(details)}
+        elsewhere: set[Address] = set()
+        for each in _of_containers(containers):
+            if each.network_id not in ours:
+                elsewhere.add(each.address)
+                continue
+            # Of the two, this one knows the image; the network's list knows the MAC of one that is starting.
+            before = attachments.get((each.network_id, each.address))
+            attachments[each.network_id, each.address] = each if before is None or each.mac else before
+        return Look(
+            began=began,
+            ended=time.monotonic(),
+            engine=engine,
+            networks=tuple(map(_network, details)),
+            attachments=tuple(attachments.values()),
+            elsewhere=frozenset(elsewhere),
+            containers={each["Id"]: _known(each) for each in containers},
+        )
+
+
+def _network(told: Mapping[str, Any]) -> Network:
+    ipam = told["IPAM"]
+    return Network(
+        id=told["Id"],
+        name=told["Name"],
+        driver=told["Driver"],
+        subnets=tuple((each.get("Subnet", ""), each.get("IPRange", "")) for each in ipam.get("Config") or ()),
+        options=dict(ipam.get("Options") or {}),
+    )
+
+
+def _of_networks(details: list[Mapping[str, Any]]) -> Iterator[Attachment]:
+    """What libnetwork has, also an endpoint whose container is just coming up or could not be taken down."""
+    for network in details:
+        for container_id, endpoint in (network.get("Containers") or {}).items():
+            for text in (endpoint.get("IPv4Address"), endpoint.get("IPv6Address")):
+                if text:
+                    yield Attachment(
+                        network_id=network["Id"],
+                        network=network["Name"],
+                        address=ipaddress.ip_interface(text).ip,
+                        mac=endpoint.get("MacAddress", "").lower(),
+                        # The engine writes ep-ID where it knows no container.
+                        container_id="" if container_id.startswith("ep-") else container_id,
+                        container=endpoint.get("Name", ""),
+                        image="",
+                    )
+
+
+def _of_containers(containers: list[Mapping[str, Any]]) -> Iterator[Attachment]:
+    for container in containers:
+        for name, endpoint in _endpoints(container).items():
+            for text in (endpoint.get("IPAddress"), endpoint.get("GlobalIPv6Address")):
+                if text:
+                    yield Attachment(
+                        network_id=endpoint.get("NetworkID", ""),
+                        network=name,
+                        address=parse_address(text),
+                        mac=endpoint.get("MacAddress", "").lower(),
+                        container_id=container["Id"],
+                        container=_name(container),
+                        image=container.get("Image", ""),
+                    )
+
+
+def _known(container: Mapping[str, Any]) -> Known:
+    asked = [(each.get("IPAMConfig") or {}) for each in _endpoints(container).values()]
+    fixed = [each.get(family) for each in asked for family in ("IPv4Address", "IPv6Address")]
+    return Known(
+        name=_name(container),
+        image=container.get("Image", ""),
+        running=container.get("State") in ("running", "paused", "restarting"),
+        fixed=frozenset(parse_address(text) for text in fixed if text),
+    )
+
+
+def _endpoints(container: Mapping[str, Any]) -> Mapping[str, Any]:
+    return (container.get("NetworkSettings") or {}).get("Networks") or {}
+
+
+def _name(container: Mapping[str, Any]) -> str:
+    # A container that is linked to has more names, such as /other/alias.
+    names = [each.removeprefix("/") for each in container.get("Names") or ()]
+    return next((each for each in names if "/" not in each), "")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
