@@ -52,10 +52,9 @@ class Transactions(Protocol):
 
 
 class _Abandoned(NamedTuple):
-    """A lease that is still in etcd, or may appear there, though its grant was refused or its release was asked for."""
+    """A lease that may appear in etcd though its grant was refused, or though it was freed."""
 
     claim: Claim
-    decide: Callable[[Lease | None, Claim], Decision]  # what has to become of it
     end: float  # when it can be forgotten, monotonic seconds
 
 
@@ -124,7 +123,7 @@ class Ledger:
                     if lease.kind == ENDPOINT and lease.token:
                         # A try of its grant that got stuck may come through yet, now that the key is free.
                         ended = claim._replace(token=lease.token)
-                        self._abandoned[lease.token] = _Abandoned(ended, decisions.without_orphan, _in_an_hour())
+                        self._abandoned[lease.token] = _Abandoned(ended, _in_an_hour())
                     return True
             else:
                 assert isinstance(decision, Lease)
@@ -158,8 +157,12 @@ class Ledger:
         deadline: float,
         unchanged: Mapping[str, int] | None = None,
         purpose: str = "grant",
+        abandon: bool = True,
     ) -> Commit:
-        """One transaction: the lease as it was read, and the segment's settings as they were read."""
+        """One transaction: the lease as it was read, and the segment's settings as they were read.
+
+        `abandon`: where its outcome is not known nobody has it, so it goes when it appears.
+        """
         key = self._keys.lease(claim.pool.segment, claim.address)
         expect = {key: revision, self._keys.segment(claim.pool.segment): settings.revision, **(unchanged or {})}
         # An orphan is what was granted for a request and is not there anyway: not one holder more or less in a
@@ -171,7 +174,7 @@ class Ledger:
         try:
             commit = self.write(purpose, expect, [Put(key, encode(lease))], deadline, proof=key)
         except OutcomeUnknown:
-            if may_be_orphan:
+            if may_be_orphan and abandon:
                 self.abandon(key, claim)
             raise
         there = commit.found.get(key)
@@ -298,19 +301,15 @@ class Ledger:
             if commit.applied:
                 return commit.revision
 
-    # ---------------------------------- grants whose outcome is not known, releases that did not reach etcd
+    # ------------------------------------------------------------------ grants whose outcome is not known
 
     def is_abandoned(self, token: str) -> bool:
-        """Whether the lease with this token was given back, or never handed out: only etcd does not know yet."""
+        """Whether the lease with this token was never handed out, or freed: only etcd may not know it yet."""
         return token in self._abandoned
 
-    def abandon(
-        self, key: str, claim: Claim, decide: Callable[[Lease | None, Claim], Decision] = decisions.without_orphan
-    ) -> None:
-        """A lease that has to go, and is in etcd or may appear there yet: it goes when it is seen (P4)."""
-        # A release is tried until it is done; a grant that nobody answered for cannot appear for ever.
-        end = _in_an_hour() if decide is decisions.without_orphan else float("inf")
-        self._abandoned[claim.token] = _Abandoned(claim, decide, end)
+    def abandon(self, key: str, claim: Claim) -> None:
+        """A lease that nobody has, and that is in etcd or may appear there yet: it goes when it is seen (P4)."""
+        self._abandoned[claim.token] = _Abandoned(claim, _in_an_hour())
         log.warning("%s may stand in etcd though nobody has it; it is taken back as soon as that can be done", key)
         self._orphans.put((key, Entry("", self._host, claim.token, 0)))
 
@@ -337,12 +336,6 @@ class Ledger:
     def stop_freeing_orphans(self) -> None:
         self._orphans.put(None)
 
-    def _forget_release(self, token: str) -> None:
-        """It is done, and from now on like any ended grant's: a stuck try may bring it back, for a while."""
-        known = self._abandoned.get(token)
-        if known is not None and known.end == float("inf"):
-            self._abandoned[token] = known._replace(decide=decisions.without_orphan, end=_in_an_hour())
-
     def _free_orphan(self, key: str, entry: Entry) -> bool:
         """Whether nothing is left to do for now."""
         abandoned = self._abandoned.get(entry.token)
@@ -352,16 +345,14 @@ class Ledger:
             found = self.read(key, time.monotonic() + 5)
             lease = read_lease(found.value) if found else None
             if found is None or lease is None or lease.token != entry.token:
-                self._forget_release(entry.token)
                 return True
-            rest = abandoned.decide(lease, abandoned.claim)
+            rest = decisions.without_orphan(lease, abandoned.claim)
             write = Delete(key) if rest is FREE else Put(key, encode(rest)) if isinstance(rest, Lease) else None
             if write and not self.write("orphan", {key: found.revision}, [write], time.monotonic() + 5).applied:
                 return False
             if rest is not FREE:
                 # Others have joined it and keep its token, which is no orphan's from now on.
                 self._abandoned.pop(entry.token, None)
-            self._forget_release(entry.token)
         except IpamError as error:
             log.info("the abandoned lease %s is not taken back yet: %s", key, error)
             return False

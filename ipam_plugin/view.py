@@ -575,6 +575,12 @@ class View:
         with self._changed:
             return host in self._pools.get(pool_id, {})
 
+    def pool_use(self, pool_id: str, host: str) -> PoolUse | None:
+        """How a host uses a pool."""
+        with self._changed:
+            known = self._pools.get(pool_id, {}).get(host)
+            return known[1] if known else None
+
     def pools_of(self, host: str) -> list[str]:
         """The PoolIDs that a host uses."""
         with self._changed:

@@ -11,9 +11,11 @@ from __future__ import annotations
 import ipaddress
 import itertools
 import json
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -23,10 +25,12 @@ from ipam_plugin.app import create_app
 from ipam_plugin.claims import Claims, Stock
 from ipam_plugin.etcd import Delete, Put
 from ipam_plugin.interfaces import InterfaceAddress, Link
+from ipam_plugin.journal import Journal
 from ipam_plugin.ledger import Ledger
 from ipam_plugin.metrics import Metrics
 from ipam_plugin.model import Keys, Lease, decode
 from ipam_plugin.neighbourhood import Habits, Neighbourhood
+from ipam_plugin.outage import Outage
 from ipam_plugin.packets import How
 from ipam_plugin.register import Register
 from ipam_plugin.standby import Keeper
@@ -190,6 +194,7 @@ class Host:
         time_limit: float = PATIENCE,
         habits: Habits = NOT_ASKED,
         wire: FakeLan | None = None,
+        journal: Path | None = None,
     ) -> None:
         self.etcd = etcd
         self.name = name
@@ -206,8 +211,17 @@ class Host:
             open_wire=(wire or FakeLan()).open,
         )
         self.stock = Stock()
+        self._directory = tempfile.TemporaryDirectory()
+        self.journal = Journal(journal or Path(self._directory.name) / "journal")
+        self.outage = Outage(
+            self.journal,
+            lambda deadline: etcd.get(KEYS.host(name), deadline=deadline),
+            alarm=lambda kind, text: self.alarms.append((kind, text)),
+        )
+        for work in self.outage.work():
+            self.stock.journalled(work.tokens)
         self.claims = Claims(
-            self.ledger, self.view, KEYS, name, self.neighbourhood, self.stock, vendor_of=lambda mac: ""
+            self.ledger, self.view, KEYS, name, self.neighbourhood, self.stock, self.outage, vendor_of=lambda mac: ""
         )
         self.keeper = Keeper(
             self.claims,
@@ -229,6 +243,7 @@ class Host:
             self.view,
             KEYS,
             name,
+            outage=self.outage,
             default_segment=segment,
             segments=lambda: {segment, *self.view.segments_of(name)},
             carried=lambda deadline: list(self.carried),
@@ -283,6 +298,25 @@ class Host:
         )
         self._threads[-1].start()
 
+    def carry_out(self) -> None:
+        """Start the thread that carries out the journal."""
+        self._threads.append(
+            threading.Thread(
+                target=self.outage.run,
+                args=(self.register.settle, self._stop, lambda work: self.stock.settled(work.tokens)),
+                name=f"journal of {self.name}",
+            )
+        )
+        self._threads[-1].start()
+
+    def settle(self) -> None:
+        """One round of what that thread does."""
+        self.outage.carry_out(self.register.settle, lambda work: self.stock.settled(work.tokens))
+
+    def fill_disk(self) -> None:
+        """From now on nothing can be written to the journal."""
+        self._directory.cleanup()
+
     def catch_up(self) -> None:
         """Until the view has all that is in etcd now."""
         assert self.view.loaded.wait(PATIENCE)
@@ -294,11 +328,14 @@ class Host:
         self._gate.set()
         self.ledger.stop_freeing_orphans()
         self.keeper.close()
+        self.outage.wake()
         self.etcd.set_down(self.etcd.down)  # wakes the watch
         for each in self._threads:
             each.join(PATIENCE)
             assert not each.is_alive(), f"thread {each.name} does not end"
         self.neighbourhood.close()
+        self.outage.close()
+        self._directory.cleanup()
 
     # ---- what Docker says
 
