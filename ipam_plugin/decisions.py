@@ -84,13 +84,14 @@ def _taken_by_own(claim: Claim, lease: Lease) -> NoReturn:
 
 
 def _taken_by_hold(claim: Claim, lease: Lease) -> NoReturn:
-    _taken(claim, lease, f"if that container is not to return, end it with: ipam-plugin release {claim.address} --force")
+    _taken(claim, lease, f"if it is not to return, end the hold with: ipam-plugin release {claim.address} --force")
 
 
 def _refuse_held_for_another(lease: Lease | None, claim: Claim, container: Container | None) -> None:
     """Only a name can tell that: `--ip` without one is taken for the container that had the address before."""
-    if lease is not None and lease.kind == HELD and container and lease.container:
-        if container.name and lease.container.name and container.name != lease.container.name:
+    if lease is not None and lease.kind == HELD and container is not None:
+        stopped = lease.container.name if lease.container else ""
+        if stopped and stopped != container.name:
             _taken_by_hold(claim, lease)
 
 
@@ -270,10 +271,10 @@ def give_back(
     return KEEP
 
 
-def is_held_for(lease: Lease, claim_pool: Pool, mac: str, container: Container | None) -> bool:
+def is_held_for(lease: Lease, pool: Pool, mac: str, container: Container | None) -> bool:
     """Whether a container that asks for any address is the one for which this is held: its name says so, or its MAC
     does and no name contradicts."""
-    if lease.kind != HELD or lease.pool != claim_pool.id:
+    if lease.kind != HELD or lease.pool != pool.id:
         return False
     asking = container.name if container else ""
     stopped = lease.container.name if lease.container else ""

@@ -393,8 +393,7 @@ class Ledger:
             if found is None or lease is None or lease.token != entry.token:
                 self._forget_release(entry.token)
                 return True
-            # What it becomes has a token of its own.
-            rest = abandoned.decide(lease, abandoned.claim._replace(token=secrets.token_urlsafe(12)))
+            rest = abandoned.decide(lease, abandoned.claim)
             write = Delete(key) if rest is FREE else Put(key, encode(rest)) if isinstance(rest, Lease) else None
             if write and not self.write("orphan", {key: found.revision}, [write], time.monotonic() + 5).applied:
                 return False

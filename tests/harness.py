@@ -22,6 +22,7 @@ from ipam_plugin.addresses import Address, parse_address
 from ipam_plugin.app import create_app
 from ipam_plugin.claims import Claims, Stock
 from ipam_plugin.etcd import Delete, Put
+from ipam_plugin.holds import Holds
 from ipam_plugin.interfaces import InterfaceAddress, Link
 from ipam_plugin.ledger import Ledger
 from ipam_plugin.metrics import Metrics
@@ -195,6 +196,7 @@ class Host:
         self.name = name
         self.carried = list(carried)
         self.alarms: list[tuple[str, str]] = []
+        self.ahead = 0.0  # seconds by which the clock that ends holds is
         self.view = View(KEYS, name, local)
         self.ledger = Ledger(etcd, self.view, KEYS, name)
         self.neighbourhood = Neighbourhood(
@@ -219,9 +221,10 @@ class Host:
             self.neighbourhood,
             alarm=lambda kind, text: self.alarms.append((kind, text)),
         )
+        self.holds = Holds(self.ledger, self.view, name, now=lambda: time.time() + self.ahead)
         self.neighbourhood.on_heard = self.keeper.heard
         self.claims.on_shortage = self.keeper.wake
-        self.view.on_wanted = self.keeper.wake
+        self.view.on_wanted = self._wanted
         self.view.on_pools = self.keeper.wake
         self.register = Register(
             self.ledger,
@@ -283,6 +286,15 @@ class Host:
         )
         self._threads[-1].start()
 
+    def tend_holds(self) -> None:
+        """Start the thread that ends holds."""
+        self._threads.append(threading.Thread(target=self.holds.run, args=(self._stop,), name=f"holds of {self.name}"))
+        self._threads[-1].start()
+
+    def _wanted(self) -> None:
+        self.keeper.wake()
+        self.holds.wake()
+
     def catch_up(self) -> None:
         """Until the view has all that is in etcd now."""
         assert self.view.loaded.wait(PATIENCE)
@@ -294,6 +306,7 @@ class Host:
         self._gate.set()
         self.ledger.stop_freeing_orphans()
         self.keeper.close()
+        self.holds.wake()
         self.etcd.set_down(self.etcd.down)  # wakes the watch
         for each in self._threads:
             each.join(PATIENCE)

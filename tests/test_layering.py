@@ -35,6 +35,7 @@ ALLOWED = {
     "ledger": {"addresses", "decisions", "errors", "etcd", "model", "view"},
     "neighbourhood": {"addresses", "errors", "interfaces", "model", "view", "wire"},
     "claims": {"addresses", "decisions", "errors", "etcd", "ledger", "model", "neighbourhood", "view"},
+    "holds": {"addresses", "decisions", "errors", "evidence", "ledger", "model", "view"},
     "standby": {"addresses", "claims", "errors", "ledger", "model", "neighbourhood", "view", "wire"},
     "register": {
         "addresses", "claims", "decisions", "errors", "etcd", "ledger", "model", "neighbourhood", "protocol", "view",
@@ -43,8 +44,8 @@ ALLOWED = {
     "host": {"errors", "etcd", "interfaces", "model", "register", "view"},
     "app": {"errors", "metrics", "model", "protocol"},
     "daemon": {
-        "addresses", "app", "claims", "config", "embedded_etcd", "errors", "etcd", "host", "interfaces", "ledger",
-        "metrics", "model", "neighbourhood", "register", "standby", "vendors", "view", "wire",
+        "addresses", "app", "claims", "config", "embedded_etcd", "errors", "etcd", "holds", "host", "interfaces",
+        "ledger", "metrics", "model", "neighbourhood", "register", "standby", "vendors", "view", "wire",
     },
     "cli": {"addresses", "config", "daemon", "errors", "host", "install", "model", "operations", "scan", "vendors"},
 }  # fmt: skip
