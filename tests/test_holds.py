@@ -202,10 +202,10 @@ def test_a_look_that_proves_nothing_leaves_the_hold(lan: Lan) -> None:
     address = start(a, pool, "192.168.1.77")
     stop(a, pool, address)
     held = lan.lease(address)
-    wire.dead = "no carrier"
+    wire.failed = "no carrier"
     assert "the wire cannot be heard" in a.endpoint(pool, address).error
     assert lan.lease(address) == held
-    wire.dead = ""
+    wire.failed = ""
     assert start(a, pool, address) == address
 
 
@@ -389,10 +389,8 @@ BY_MAC = Lease(HELD, "a", mac=FIXED, known=True)
         (BY_MAC, {}, False),  # cannot be told
     ],
 )
-def test_a_hold_is_over_when_no_container_could_come_back(
-    held: Lease, containers: dict[str, Known], over: bool
-) -> None:
-    first = unclaimed(None, held, ADDRESS, look(100, **{}) if not containers else look(100, "one", **containers))
+def test_a_hold_is_over_when_nobody_could_come_back(held: Lease, containers: dict[str, Known], over: bool) -> None:
+    first = unclaimed(None, held, ADDRESS, look(100, "one", **containers))
     assert not first.is_over
     assert not unclaimed(first, held, ADDRESS, look(100 + HOLD_LOOKS_APART - 1, "one", **containers)).is_over
     assert unclaimed(first, held, ADDRESS, look(101 + HOLD_LOOKS_APART, "one", **containers)).is_over == over
