@@ -34,6 +34,7 @@ from ipam_plugin.config import Config
 from ipam_plugin.embedded_etcd import EmbeddedEtcd
 from ipam_plugin.errors import ConfigError, NotServing, ProbeFailed
 from ipam_plugin.etcd import Etcd, EtcdSettings, Event, KeyValue
+from ipam_plugin.holds import Holds
 from ipam_plugin.host import Presence, StateDir, host_name
 from ipam_plugin.journal import Journal, Work
 from ipam_plugin.ledger import Ledger
@@ -78,6 +79,7 @@ def local_settings(config: Config, segment: str) -> Local:
         exclude=tuple(parse_range(text) for text in told.exclude),
         routers=tuple(parse_address(text) for text in told.router),
         cooldown=told.cooldown,
+        hold=told.hold,
         interface=told.interface or "",
     )
 
@@ -153,6 +155,7 @@ class Daemon:
             self._neighbourhood,
             alarm=self._presence.alarm,
         )
+        self._holds = Holds(self._ledger, self._view, name, self._outage.is_waiting)
         self._register = Register(
             self._ledger,
             self._claims,
@@ -211,7 +214,7 @@ class Daemon:
         self._neighbourhood.on_heard = self._keeper.heard
         self._neighbourhood.on_opened = self._presence.changed
         self._claims.on_shortage = self._keeper.wake
-        self._view.on_wanted = self._keeper.wake
+        self._view.on_wanted = self._wanted
         self._view.on_pools = self._pools_changed
         self._view.on_went_back = lambda before, now: self._presence.alarm(
             "etcd_went_back",
@@ -225,7 +228,8 @@ class Daemon:
         self._run("presence", lambda: self._presence.run(self._register, self._stop))
         self._run("orphans", lambda: self._ledger.free_orphans(self._stop))
         self._run("journal", self._carry_out_journal)
-        self._run("keeper", self._keep)
+        self._run("keeper", lambda: self._once_serving(lambda: self._keeper.run(self._stop)))
+        self._run("holds", lambda: self._once_serving(lambda: self._holds.run(self._stop)))
         self._run("ready", self._report_ready)
         self._watcher = interfaces.Watcher(self._interfaces_changed)
         self._watcher.start()
@@ -238,6 +242,7 @@ class Daemon:
         self._presence.changed()
         self._keeper.close()
         self._outage.wake()
+        self._holds.wake()
         self._ledger.stop_freeing_orphans()
         if self._watcher is not None:
             self._watcher.stop()
@@ -273,6 +278,10 @@ class Daemon:
         self._presence.changed()
         self._keeper.wake()
 
+    def _wanted(self) -> None:
+        self._keeper.wake()
+        self._holds.wake()
+
     def _once_serving(self, work: Callable[[], None]) -> None:
         """For what needs to be sure that this host is the one of its name."""
         while not self._stop.is_set():
@@ -281,9 +290,6 @@ class Daemon:
             except NotServing:
                 continue
             return work()
-
-    def _keep(self) -> None:
-        self._once_serving(lambda: self._keeper.run(self._stop))
 
     def _carry_out_journal(self) -> None:
         def done(work: Work) -> None:
@@ -319,7 +325,7 @@ class Daemon:
                     return notify("READY=1")
 
 
-NOT_YET = ("hold", "boot_wait", "retire_after", "docker")
+NOT_YET = ("boot_wait", "retire_after", "docker")
 
 
 def not_carried_out(config: Config) -> list[str]:

@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 from ipam_plugin.addresses import Address
 from ipam_plugin.errors import BadRequest
-from ipam_plugin.model import Pool
+from ipam_plugin.model import Lease, Pool
+
+HOLD_LOOKS_APART = 30.0  # seconds between two looks that end a hold
 
 
 class Attachment(NamedTuple):
@@ -67,3 +69,32 @@ class Look(NamedTuple):
     attachments: tuple[Attachment, ...]  # on these networks
     elsewhere: frozenset[Address]  # the addresses of containers on all other networks
     containers: Mapping[str, Known]  # by id, also the stopped ones
+
+
+class Unclaimed(NamedTuple):
+    """That no container of an engine could come back for an address that is held, as looks have found it."""
+
+    engine: str  # the one whose containers count: the first that was asked
+    since: float | None  # monotonic seconds; None: some container could come back, or it cannot be told
+    is_over: bool  # two looks, HOLD_LOOKS_APART, have found none
+
+
+def unclaimed(before: Unclaimed | None, held: Lease, address: Address, look: Look) -> Unclaimed:
+    """What one more look adds. Another engine than the first one knows nothing of the container that stopped."""
+    if before is not None and before.engine != look.engine:
+        return before._replace(since=None, is_over=False)
+    if _may_return(held, address, look):
+        return Unclaimed(look.engine, None, False)
+    if before is None or before.since is None:
+        return Unclaimed(look.engine, look.ended, False)
+    return before._replace(is_over=look.began - before.since >= HOLD_LOOKS_APART)
+
+
+def _may_return(held: Lease, address: Address, look: Look) -> bool:
+    """Whether a container exists that could come back for it, or whether there is no way to tell."""
+    name, container_id = (held.container.name, held.container.id) if held.container else ("", "")
+    if not (name or container_id or held.fixed):
+        return True  # its MAC alone is known, and an engine does not tell those of stopped containers
+    return container_id in look.containers or any(
+        (name and each.name == name) or address in each.fixed for each in look.containers.values()
+    )

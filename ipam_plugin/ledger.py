@@ -25,6 +25,7 @@ from ipam_plugin.errors import EtcdUnavailable, IpamError, OutcomeUnknown, PoolE
 from ipam_plugin.etcd import Commit, Delete, KeyValue, Put
 from ipam_plugin.model import (
     ENDPOINT,
+    HELD,
     History,
     Keys,
     Lease,
@@ -120,10 +121,14 @@ class Ledger:
                 assert lease is not None
                 commit = self._free(claim, current, lease, found.get(past_key), why, unchanged, deadline)
                 if commit.applied or commit.found[key] is None:
-                    if lease.kind == ENDPOINT and lease.token:
-                        # A try of its grant that got stuck may come through yet, now that the key is free.
-                        ended = claim._replace(token=lease.token)
-                        self._abandoned[lease.token] = _Abandoned(ended, _in_an_hour())
+                    self._expect_stuck_grant(claim, lease)
+                    return True
+            elif isinstance(decision, Lease) and decision.kind == HELD:
+                assert current is not None
+                assert lease is not None
+                commit = self._hold(claim, current, lease, decision, found.get(past_key), unchanged, deadline)
+                if commit.applied:
+                    self._expect_stuck_grant(claim, lease)
                     return True
             else:
                 assert isinstance(decision, Lease)
@@ -197,14 +202,48 @@ class Ledger:
         deadline: float,
     ) -> Commit:
         """Delete the lease at the revision that was read, and remember its holder, in one transaction."""
+        return self._end(claim, current, lease, Delete(current.key), past, why, unchanged, deadline)
+
+    def _hold(
+        self,
+        claim: Claim,
+        current: KeyValue,
+        lease: Lease,
+        held: Lease,
+        past: KeyValue | None,
+        unchanged: Mapping[str, int],
+        deadline: float,
+    ) -> Commit:
+        """Its container stopped, so the history has it: the address is silent from now on, and its MAC is known."""
+        why = f"stopped, held until {held.until}"
+        return self._end(claim, current, lease, Put(current.key, encode(held)), past, why, unchanged, deadline)
+
+    def _expect_stuck_grant(self, claim: Claim, ended: Lease) -> None:
+        """A try of its grant that got stuck may come through yet, as soon as the key is free."""
+        if ended.kind == ENDPOINT and ended.token:
+            claim = claim._replace(token=ended.token)
+            self._abandoned[ended.token] = _Abandoned(claim, _in_an_hour())
+
+    def _end(
+        self,
+        claim: Claim,
+        current: KeyValue,
+        lease: Lease,
+        write: Put | Delete,
+        past: KeyValue | None,
+        why: str,
+        unchanged: Mapping[str, int],
+        deadline: float,
+    ) -> Commit:
         history = remember(_history(past), lease, why, datetime.datetime.now(datetime.UTC))
         past_key = self._keys.past(claim.pool.segment, claim.address)
         return self.write(
             "free",
             {current.key: current.revision, past_key: past.revision if past else 0, **unchanged},
             # In this order the view knows that the address rests before it sees it free.
-            [Put(past_key, encode(history)), Delete(current.key)],
+            [Put(past_key, encode(history)), write],
             deadline,
+            proof=current.key if isinstance(write, Put) else None,
         )
 
     def write(

@@ -24,6 +24,7 @@ from ipam_plugin.errors import (
     EtcdRefused,
     EtcdUnavailable,
     OutcomeUnknown,
+    PoolExhausted,
     Refused,
 )
 from ipam_plugin.etcd import Delete, KeyValue, Put
@@ -228,6 +229,7 @@ class Register:
             token=token,
             carried=self._is_carried(address, deadline),
             kept_router=self._is_router(pool, address),
+            hold=self._view.hold(pool),
         )
 
     def settle(self, work: Work, deadline: float) -> None:
@@ -374,9 +376,12 @@ class Register:
     ) -> Address:
         """`--ip`: outside the range, but not outside the subnet."""
 
+        known = self._is_known(mac, container)
+
         def given_again() -> Lease:
             self._refuse_forbidden(pool, address)
-            return _lease(decisions.grant_endpoint(None, self._ledger.claim(pool, address), mac, container))
+            claim = self._ledger.claim(pool, address)
+            return _lease(decisions.grant_endpoint(None, claim, mac, container, fixed=True, known=known))
 
         if self._outage.take_back(pool, address, given_again, deadline) is not None:
             self._on_given(pool, address, mac)
@@ -390,10 +395,10 @@ class Register:
             return lease
 
         def grant(lease: Lease | None, claim: Claim) -> Decision:
-            return decisions.grant_endpoint(allowed(lease), claim, mac, container)
+            return decisions.grant_endpoint(allowed(lease), claim, mac, container, fixed=True, known=known)
 
         def claim_ahead(lease: Lease | None, claim: Claim) -> Decision:
-            return decisions.claim_ahead(allowed(lease), claim)
+            return decisions.claim_ahead(allowed(lease), claim, container)
 
         if self._claims.asks_the_wire(pool):
             while not self._claims.hand_out(
@@ -417,26 +422,36 @@ class Register:
             raise AddressTaken(f"{address} of pool {pool} cannot be given: {reason}")
 
     def _next_free(self, pool: Pool, mac: str, container: Container | None, deadline: float) -> Address:
-        """The next address that nobody has, or PoolExhausted."""
+        """The address that is held for this container, or the next one that nobody has, or PoolExhausted."""
+        known = self._is_known(mac, container)
 
         def grant(lease: Lease | None, claim: Claim) -> Lease:
-            return _lease(decisions.grant_endpoint(lease, claim, mac, container))
+            return _lease(decisions.grant_endpoint(lease, claim, mac, container, known=known))
 
-        if not self._claims.asks_the_wire(pool):
-            address = self._ledger.grant_next(pool, functools.partial(grant, None), deadline).claim.address
-        else:
-            try:
-                slot = self._claims.silent(pool, deadline)
-                while not self._claims.hand_out(pool, slot, grant, deadline):
+        try:
+            slot = self._claims.returning(pool, mac, container, deadline) if known else None
+            while slot is None or not self._claims.hand_out(pool, slot, grant, deadline):
+                if self._claims.asks_the_wire(pool):
                     slot = self._claims.silent(pool, deadline)
-            except EtcdUnavailable as error:
-                raise EtcdUnavailable(
-                    f"pool {pool}: {error}, and of the addresses that host {self._host} had in standby for such a time"
-                    " none is left"
-                ) from error
-            address = slot.address
+                    continue
+                try:
+                    address = self._ledger.grant_next(pool, functools.partial(grant, None), deadline).claim.address
+                    break
+                except PoolExhausted as full:
+                    slot = self._claims.make_room(pool, full, deadline)
+            else:
+                address = slot.address
+        except EtcdUnavailable as error:
+            raise EtcdUnavailable(
+                f"pool {pool}: {error}, and of the addresses that host {self._host} had in standby for such a time"
+                " none is left"
+            ) from error
         self._on_given(pool, address, mac)
         return address
+
+    def _is_known(self, mac: str, container: Container | None) -> bool:
+        """Whether this container can be told from others when it asks again."""
+        return container is not None or self._view.has_ended(mac)
 
     # ---------------------------------------------------------------------------------------- pools
 

@@ -24,6 +24,7 @@ from ipam_plugin.addresses import Address, parse_address
 from ipam_plugin.app import create_app
 from ipam_plugin.claims import Claims, Stock
 from ipam_plugin.etcd import Delete, Put
+from ipam_plugin.holds import Holds
 from ipam_plugin.interfaces import InterfaceAddress, Link
 from ipam_plugin.journal import Journal
 from ipam_plugin.ledger import Ledger
@@ -200,6 +201,7 @@ class Host:
         self.name = name
         self.carried = list(carried)
         self.alarms: list[tuple[str, str]] = []
+        self.ahead = 0.0  # seconds by which the clock that ends holds is
         self.view = View(KEYS, name, local)
         self.ledger = Ledger(etcd, self.view, KEYS, name)
         self.neighbourhood = Neighbourhood(
@@ -233,9 +235,10 @@ class Host:
             self.neighbourhood,
             alarm=lambda kind, text: self.alarms.append((kind, text)),
         )
+        self.holds = Holds(self.ledger, self.view, name, self.outage.is_waiting, now=lambda: time.time() + self.ahead)
         self.neighbourhood.on_heard = self.keeper.heard
         self.claims.on_shortage = self.keeper.wake
-        self.view.on_wanted = self.keeper.wake
+        self.view.on_wanted = self._wanted
         self.view.on_pools = self.keeper.wake
         self.register = Register(
             self.ledger,
@@ -317,6 +320,15 @@ class Host:
         """From now on nothing can be written to the journal."""
         self._directory.cleanup()
 
+    def tend_holds(self) -> None:
+        """Start the thread that ends holds."""
+        self._threads.append(threading.Thread(target=self.holds.run, args=(self._stop,), name=f"holds of {self.name}"))
+        self._threads[-1].start()
+
+    def _wanted(self) -> None:
+        self.keeper.wake()
+        self.holds.wake()
+
     def catch_up(self) -> None:
         """Until the view has all that is in etcd now."""
         assert self.view.loaded.wait(PATIENCE)
@@ -329,6 +341,7 @@ class Host:
         self.ledger.stop_freeing_orphans()
         self.keeper.close()
         self.outage.wake()
+        self.holds.wake()
         self.etcd.set_down(self.etcd.down)  # wakes the watch
         for each in self._threads:
             each.join(PATIENCE)

@@ -605,7 +605,8 @@ def test_a_record_that_was_retired_comes_back(etcd: FakeEtcd, start: Callable[..
 def test_the_record_names_the_macs_that_it_listens_with(etcd: FakeEtcd, start: Callable[..., Node]) -> None:
     """Section 7: the parent of a macvlan network has no address, and is no stranger to the others all the same."""
     node, other = start(), start("b", "b")
-    node.presence.serving(time.monotonic() + 20)
+    for each in (node, other):
+        each.presence.serving(time.monotonic() + 20)
     node.macs |= {"52:54:00:00:00:09", "52:54:00:00:00:02"}
     node.presence.changed()
 

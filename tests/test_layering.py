@@ -37,6 +37,7 @@ ALLOWED = {
     "journal": {"addresses", "errors", "model"},
     "outage": {"addresses", "errors", "journal", "model"},
     "claims": {"addresses", "decisions", "errors", "etcd", "ledger", "model", "neighbourhood", "outage", "view"},
+    "holds": {"addresses", "decisions", "errors", "evidence", "ledger", "model", "view"},
     "standby": {"addresses", "claims", "errors", "ledger", "model", "neighbourhood", "view", "wire"},
     "register": {
         "addresses", "claims", "decisions", "errors", "etcd", "journal", "ledger", "model", "neighbourhood", "outage",
@@ -46,8 +47,9 @@ ALLOWED = {
     "host": {"errors", "etcd", "interfaces", "model", "register", "view"},
     "app": {"errors", "metrics", "model", "protocol"},
     "daemon": {
-        "addresses", "app", "claims", "config", "embedded_etcd", "errors", "etcd", "host", "interfaces", "journal",
-        "ledger", "metrics", "model", "neighbourhood", "outage", "register", "standby", "vendors", "view", "wire",
+        "addresses", "app", "claims", "config", "embedded_etcd", "errors", "etcd", "holds", "host", "interfaces",
+        "journal", "ledger", "metrics", "model", "neighbourhood", "outage", "register", "standby", "vendors", "view",
+        "wire",
     },
     "cli": {"addresses", "config", "daemon", "errors", "host", "install", "model", "operations", "scan", "vendors"},
 }  # fmt: skip
