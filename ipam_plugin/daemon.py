@@ -131,6 +131,8 @@ class Daemon:
             listens_with=lambda: self._neighbourhood.macs(),
             on_silent=lambda error: self._outage.noticed(error),
             time_limit=5.0,
+            request_limit=config.deadline - ANSWER_MARGIN,
+            boot_wait=max(0.0, config.boot_wait - ANSWER_MARGIN),
         )
         self._ledger = Ledger(self._etcd, self._view, keys, name)
         self._outage = Outage(
@@ -193,12 +195,7 @@ class Daemon:
         return {self._config.segment, *self._config.segments, *self._view.segments_of(self._presence.name)}
 
     def app(self) -> flask.Flask:
-        return create_app(
-            self._register,
-            self._presence.serving,
-            time_limit=self._config.deadline - ANSWER_MARGIN,
-            metrics=self._metrics,
-        )
+        return create_app(self._register, self._presence.admit, metrics=self._metrics)
 
     def start(self) -> None:
         log.info("ipam-plugin %s starts as host %s", __version__, self._presence.name)
@@ -234,6 +231,10 @@ class Daemon:
         self._watcher = interfaces.Watcher(self._interfaces_changed)
         self._watcher.start()
         self._stop_metrics = self._metrics.listen(self._config.metrics.listen)
+
+    def stopping(self) -> None:
+        """No request is taken any more; those that are here are answered within their deadline, before `stop`."""
+        self._presence.stopping()
 
     def stop(self) -> None:
         """End everything in order; what is running has been answered before."""
@@ -325,7 +326,7 @@ class Daemon:
                     return notify("READY=1")
 
 
-NOT_YET = ("boot_wait", "retire_after", "docker")
+NOT_YET = ("retire_after", "docker")
 
 
 def not_carried_out(config: Config) -> list[str]:
@@ -449,6 +450,10 @@ class _Worker(gunicorn.workers.gthread.ThreadWorker):  # type: ignore[misc]  # g
         else:
             super().finish_request(conn, fs)
 
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self.app.stopping()
+        super().handle_exit(sig, frame)
+
 
 class _Server(gunicorn.app.base.BaseApplication):  # type: ignore[misc]  # gunicorn ships no types
     def __init__(
@@ -471,6 +476,7 @@ class _Server(gunicorn.app.base.BaseApplication):  # type: ignore[misc]  # gunic
             # A kept connection that the server closes just as dockerd writes on it makes dockerd send the request
             # again, empty (moby#39331).
             "keepalive": 0,
+            # Of the worker's main thread, which never waits; a request may take boot_wait and its deadline.
             "timeout": 60,
             "graceful_timeout": int(self._config.deadline) + 1,
             "control_socket_disable": True,
@@ -504,6 +510,10 @@ class _Server(gunicorn.app.base.BaseApplication):  # type: ignore[misc]  # gunic
             log.error("%s", error)
             sys.exit(gunicorn.arbiter.Arbiter.APP_LOAD_ERROR)
         return self._daemon.app()
+
+    def stopping(self) -> None:
+        if self._daemon is not None:
+            self._daemon.stopping()
 
     def _worker_exit(self, arbiter: Any, worker: Any) -> None:
         if self._daemon is not None:

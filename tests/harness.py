@@ -254,15 +254,18 @@ class Host:
             on_given=self.keeper.given,
         )
         self.metrics = Metrics()
-        self.app = create_app(self.register, self._serving, time_limit=time_limit, metrics=self.metrics)
+        self._time_limit = time_limit
+        self.app = create_app(self.register, self._admit, metrics=self.metrics)
         self._stop = threading.Event()
         self._gate = threading.Event()
         self._gate.set()
         self._threads = [threading.Thread(target=self._watch, name=f"watch of {name}", daemon=True)]
         self._threads[0].start()
 
-    def _serving(self, deadline: float) -> None:
+    def _admit(self, arrival: float) -> float:
+        deadline = arrival + self._time_limit
         assert self.view.loaded.wait(max(0.0, deadline - time.monotonic()))
+        return deadline
 
     def _watch(self) -> None:
         def reset(values: Any, revision: int) -> None:
