@@ -321,7 +321,7 @@ def pools(ops: Operations, config: Config, output: str) -> None:
 @output_option
 @_with_operations
 def hosts(ops: Operations, config: Config, output: str) -> None:
-    """List the Docker hosts: alive or not, their own addresses, their alarms."""
+    """List the Docker hosts: alive, or since when not, their own addresses, their alarms."""
     lines = ops.hosts()
     if output == "json":
         _json(
@@ -332,6 +332,7 @@ def hosts(ops: Operations, config: Config, output: str) -> None:
                     "since": each.alive.since if each.alive else "",
                     "leases": each.leases,
                     **({k: v for k, v in plain(each.host).items() if k != "host"} if each.host else {}),
+                    "absent": each.absent,
                 }
                 for each in lines
             ]
@@ -342,7 +343,7 @@ def hosts(ops: Operations, config: Config, output: str) -> None:
         (
             [
                 each.name,
-                "yes" if each.alive else "NO",
+                "yes" if each.alive else f"NO since {each.absent}" if each.absent else "NO",
                 str(each.leases),
                 each.host.version if each.host else "",
                 each.host.joined if each.host else "",

@@ -74,6 +74,11 @@ class HostLine(NamedTuple):
     host: Host | None
     leases: int
 
+    @property
+    def absent(self) -> str:
+        """Since when it is not alive, '' where it is or where nobody has noticed yet."""
+        return "" if self.alive or self.host is None else self.host.absent
+
 
 class PoolLine(NamedTuple):
     pool_id: str

@@ -39,12 +39,14 @@ ALLOWED = {
     "register": {
         "addresses", "claims", "decisions", "errors", "etcd", "ledger", "model", "neighbourhood", "protocol", "view",
     },
+    "retirement": {"decisions", "model"},
+    "retire": {"addresses", "errors", "etcd", "ledger", "model", "neighbourhood", "retirement", "view"},
     "operations": {"addresses", "errors", "etcd", "model"},
     "host": {"errors", "etcd", "interfaces", "model", "register", "view"},
     "app": {"errors", "metrics", "model", "protocol"},
     "daemon": {
         "addresses", "app", "claims", "config", "embedded_etcd", "errors", "etcd", "host", "interfaces", "ledger",
-        "metrics", "model", "neighbourhood", "register", "standby", "vendors", "view", "wire",
+        "metrics", "model", "neighbourhood", "register", "retire", "standby", "vendors", "view", "wire",
     },
     "cli": {"addresses", "config", "daemon", "errors", "host", "install", "model", "operations", "scan", "vendors"},
 }  # fmt: skip
@@ -76,6 +78,7 @@ OWNERS = {
         "operations",
         "protocol",
         "register",
+        "retirement",
     },
 }
 
@@ -88,6 +91,7 @@ PURE = {
     "protocol": {"enum", "re", "typing"},
     "decisions": {"collections", "enum", "ipaddress", "typing"},
     "evidence": {"collections", "typing"},
+    "retirement": {"collections", "typing"},
 }
 CLOCKS = {"now", "utcnow", "today", "time", "monotonic"}
 
