@@ -18,6 +18,7 @@ from ipam_plugin.errors import (
     EtcdRefused,
     EtcdUnavailable,
     IpamError,
+    JournalFailed,
     NotServing,
     OutcomeUnknown,
     PoolUnknown,
@@ -51,6 +52,7 @@ STATUS: dict[type[IpamError], int] = {
     OutcomeUnknown: 503,
     EtcdRefused: 503,
     ProbeFailed: 503,
+    JournalFailed: 503,
 }
 
 

@@ -359,6 +359,31 @@ def hosts(ops: Operations, config: Config, output: str) -> None:
         click.echo("no hosts: no daemon has reached this etcd yet", err=True)
 
 
+@cli.group("host")
+def one_host() -> None:
+    """Do something about one Docker host."""
+
+
+@one_host.command()
+@click.argument("name", metavar="NAME")
+@click.option("--force", is_flag=True, help="The machine is off: also free what cannot be proven, and its standby.")
+@click.option(
+    "--wait", type=click.IntRange(10, 3600), default=300, show_default=True, help="How long to wait, in seconds."
+)
+@_with_operations
+def retire(ops: Operations, config: Config, name: str, force: bool, wait: int) -> None:
+    """Free the addresses of a host that is gone: those that stay silent when the living hosts ask the wire.
+
+    What answers is never freed. Exit status 1 when an address stays taken.
+    """
+    freed = 0
+    for each in ops.retire(name, force, wait):
+        where = f"{each.address} in segment {each.segment}"
+        freed += not each.why
+        click.echo(_clean(f"{where} stays taken: {each.why}" if each.why else f"{where} is free"))
+    click.echo(f"host {name} is out of the register; addresses freed: {freed}")
+
+
 @cli.command()
 @click.argument("name", metavar="SEGMENT", callback=_segment_name)
 @click.option("--router", multiple=True, type=_AddressType(), help="The segment's router; one for each IP version.")

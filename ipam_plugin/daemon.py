@@ -35,11 +35,14 @@ from ipam_plugin.embedded_etcd import EmbeddedEtcd
 from ipam_plugin.errors import ConfigError, NotServing, ProbeFailed
 from ipam_plugin.etcd import Etcd, EtcdSettings, Event, KeyValue
 from ipam_plugin.host import Presence, StateDir, host_name
+from ipam_plugin.journal import Journal, Work
 from ipam_plugin.ledger import Ledger
 from ipam_plugin.metrics import Metrics
 from ipam_plugin.model import Keys
 from ipam_plugin.neighbourhood import Habits, Neighbourhood
+from ipam_plugin.outage import Outage
 from ipam_plugin.register import Register
+from ipam_plugin.retire import Retirer
 from ipam_plugin.standby import Keeper
 from ipam_plugin.vendors import vendor_of
 from ipam_plugin.view import Local, View
@@ -125,15 +128,21 @@ class Daemon:
             segments=self._segments,
             carried=carried,
             listens_with=lambda: self._neighbourhood.macs(),
+            on_silent=lambda error: self._outage.noticed(error),
             time_limit=5.0,
         )
         self._ledger = Ledger(self._etcd, self._view, keys, name)
+        self._outage = Outage(
+            Journal(state.path / "journal"),
+            lambda deadline: self._ledger.read(keys.host(name), deadline),
+            alarm=self._presence.alarm,
+        )
         self._neighbourhood = Neighbourhood(
             self._view, name, lambda segment: habits(config, segment), interfaces, alarm=self._presence.alarm
         )
         self._stock = Stock()
         self._claims = Claims(
-            self._ledger, self._view, keys, name, self._neighbourhood, self._stock, vendor_of=vendor_of
+            self._ledger, self._view, keys, name, self._neighbourhood, self._stock, self._outage, vendor_of=vendor_of
         )
         self._keeper = Keeper(
             self._claims,
@@ -151,11 +160,24 @@ class Daemon:
             self._view,
             keys,
             name,
+            outage=self._outage,
             default_segment=config.segment,
             segments=self._segments,
             carried=carried,
             alarm=self._presence.alarm,
             on_given=self._keeper.given,
+        )
+        self._retirer = Retirer(
+            self._etcd,
+            self._ledger,
+            self._view,
+            keys,
+            name,
+            self._neighbourhood,
+            segments=self._segments,
+            serving=lambda: self._presence.is_serving,
+            after=config.retire_after,
+            alarm=self._presence.alarm,
         )
         self._metrics = Metrics()
         self._metrics.ask(
@@ -169,6 +191,7 @@ class Daemon:
             conflicts=lambda: self._claims.conflicts,
             unproven=lambda: self._claims.unproven,
             wires=self._neighbourhood.states,
+            outage=self._outage,
         )
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -196,10 +219,13 @@ class Daemon:
                 require_capability()
             except ProbeFailed as error:
                 self._presence.alarm("cannot_probe", f"{error}; what follows says probe_failure in the configuration")
+        for work in self._outage.work():  # of an earlier run
+            self._stock.journalled(work.tokens)
         self._neighbourhood.on_heard = self._keeper.heard
         self._neighbourhood.on_opened = self._presence.changed
         self._claims.on_shortage = self._keeper.wake
         self._view.on_wanted = self._keeper.wake
+        self._view.on_orders = self._retirer.wake
         self._view.on_pools = self._pools_changed
         self._view.on_went_back = lambda before, now: self._presence.alarm(
             "etcd_went_back",
@@ -212,7 +238,9 @@ class Daemon:
         self._run("watch", self._watch)
         self._run("presence", lambda: self._presence.run(self._register, self._stop))
         self._run("orphans", lambda: self._ledger.free_orphans(self._stop))
+        self._run("journal", self._carry_out_journal)
         self._run("keeper", self._keep)
+        self._run("retirer", lambda: self._retirer.run(self._stop))
         self._run("ready", self._report_ready)
         self._watcher = interfaces.Watcher(self._interfaces_changed)
         self._watcher.start()
@@ -224,6 +252,8 @@ class Daemon:
         self._stop.set()
         self._presence.changed()
         self._keeper.close()
+        self._retirer.close()
+        self._outage.wake()
         self._ledger.stop_freeing_orphans()
         if self._watcher is not None:
             self._watcher.stop()
@@ -232,6 +262,7 @@ class Daemon:
         self._presence.leave()
         for thread in self._threads:
             thread.join(3)
+        self._outage.close()
         self._etcd.close()
         if self._embedded is not None:
             self._embedded.stop()
@@ -258,14 +289,23 @@ class Daemon:
         self._presence.changed()
         self._keeper.wake()
 
-    def _keep(self) -> None:
-        """Standby is this host's, so it has to be this host for certain."""
+    def _once_serving(self, work: Callable[[], None]) -> None:
+        """For what needs to be sure that this host is the one of its name."""
         while not self._stop.is_set():
             try:
                 self._presence.serving(time.monotonic() + 1)
             except NotServing:
                 continue
-            return self._keeper.run(self._stop)
+            return work()
+
+    def _keep(self) -> None:
+        self._once_serving(lambda: self._keeper.run(self._stop))
+
+    def _carry_out_journal(self) -> None:
+        def done(work: Work) -> None:
+            self._stock.settled(work.tokens)
+
+        self._once_serving(lambda: self._outage.run(self._register.settle, self._stop, done))
 
     def _watch(self) -> None:
         def reset(values: list[KeyValue], revision: int) -> None:
@@ -295,7 +335,7 @@ class Daemon:
                     return notify("READY=1")
 
 
-NOT_YET = ("hold", "boot_wait", "retire_after", "docker")
+NOT_YET = ("hold", "boot_wait", "docker")
 
 
 def not_carried_out(config: Config) -> list[str]:

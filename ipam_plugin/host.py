@@ -24,7 +24,7 @@ from typing import Protocol
 import msgspec
 
 from ipam_plugin import __version__
-from ipam_plugin.errors import ConfigError, IpamError, NotServing
+from ipam_plugin.errors import ConfigError, EtcdUnavailable, IpamError, NotServing, OutcomeUnknown
 from ipam_plugin.etcd import Commit, Delete, KeyValue, Put
 from ipam_plugin.interfaces import InterfaceAddress
 from ipam_plugin.model import HOST, NAME, Alive, Host, HostAddress, Keys, decode, encode, rfc3339
@@ -248,7 +248,8 @@ class Heartbeats(Protocol):
 class Presence:
     """This host in the register. `serving(deadline)` is the gate that every request passes.
 
-    `listens_with` gives the MACs of the interfaces that this host listens on, with an address or without.
+    `listens_with` gives the MACs of the interfaces that this host listens on, with an address or without; `on_silent`
+    is told when etcd did not answer.
     """
 
     def __init__(
@@ -263,6 +264,7 @@ class Presence:
         carried: Callable[[float], Sequence[InterfaceAddress]],
         time_limit: float,
         listens_with: Callable[[], Collection[str]] = lambda: (),
+        on_silent: Callable[[IpamError], None] = lambda error: None,
     ) -> None:
         self._etcd = etcd
         self._view = view
@@ -271,6 +273,7 @@ class Presence:
         self._segments = segments
         self._carried = carried
         self._listens_with = listens_with
+        self._on_silent = on_silent
         self._time_limit = time_limit
         self.name = name
         self._kept_name = state.read("host")
@@ -327,6 +330,8 @@ class Presence:
                     register.trim_history(deadline)
                 last_failure = ""
             except IpamError as error:
+                if isinstance(error, EtcdUnavailable | OutcomeUnknown):
+                    self._on_silent(error)
                 if not self._serving:
                     self._set_serving(False, f"etcd is not there: {error}")
                 if str(error) != last_failure:

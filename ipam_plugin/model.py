@@ -397,7 +397,6 @@ class Part(msgspec.Struct, frozen=True, omit_defaults=True):
     """How far one living daemon got with its part of an order: the addresses of one subnet, or what comes last."""
 
     by: str  # the host that carries it out
-    process: str  # the token of its daemon
     done: bool = False
     freed: tuple[str, ...] = ()
     kept: tuple[Kept, ...] = ()

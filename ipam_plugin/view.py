@@ -246,7 +246,7 @@ class View:
         self._ended_macs: OrderedDict[str, float] = OrderedDict()  # MACs of leases that ended -> when, since the epoch
         self._alive: dict[str, int] = {}  # host -> revision
         self._wanted: dict[str, tuple[int, str, str]] = {}  # key -> (revision, PoolID, host)
-        self._orders: set[str] = set()  # hosts that are to be retired
+        self._orders: dict[str, int] = {}  # hosts that are to be retired -> revision of the order
         self._lost: set[str] = set()  # hosts that lost something while they were away
         self._history: OrderedDict[str, int] = OrderedDict()  # keys -> revision, in the order of the revisions
         self._generation = 0  # of hosts and hand-written ranges: what is forbidden is worked out anew
@@ -288,8 +288,7 @@ class View:
             self._segments, self._hosts, self._pools, self._forbidden = {}, {}, {}, {}
             self._unreadable_hosts.clear()
             self._history.clear()
-            self._alive, self._wanted = {}, {}
-            self._orders.clear()
+            self._alive, self._wanted, self._orders = {}, {}, {}
             self._lost.clear()
             for (name, version), numbers in pending.items():
                 self._segment(name).families[version].pending = numbers
@@ -358,8 +357,10 @@ class View:
                 self._alive[name] = revision
         elif key.startswith(keys.retiring):
             name = key.removeprefix(keys.retiring)
-            if "/" not in name:
-                (self._orders.discard if value is None else self._orders.add)(name)
+            if value is None:
+                self._orders.pop(name, None)
+            elif "/" not in name:  # how far it got stands below it
+                self._orders[name] = revision
         elif key.startswith(keys.gone):
             (self._lost.discard if value is None else self._lost.add)(key.removeprefix(keys.gone))
         elif key.startswith(keys.wanted):
@@ -589,6 +590,12 @@ class View:
         with self._changed:
             return host in self._pools.get(pool_id, {})
 
+    def pool_use(self, pool_id: str, host: str) -> PoolUse | None:
+        """How a host uses a pool."""
+        with self._changed:
+            known = self._pools.get(pool_id, {}).get(host)
+            return known[1] if known else None
+
     def pools_of(self, host: str) -> list[str]:
         """The PoolIDs that a host uses."""
         with self._changed:
@@ -803,10 +810,10 @@ class View:
         with self._changed:
             return {name: record for name, (_, record) in self._hosts.items() if name not in self._alive}
 
-    def orders(self) -> list[str]:
-        """The hosts that are to be retired."""
+    def orders(self) -> dict[str, int]:
+        """The hosts that are to be retired, with the revision of the order."""
         with self._changed:
-            return sorted(self._orders)
+            return dict(self._orders)
 
     def has_lost(self, host: str) -> bool:
         """Whether the host was retired and has not been told what it lost."""

@@ -11,9 +11,11 @@ from __future__ import annotations
 import ipaddress
 import itertools
 import json
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -23,12 +25,15 @@ from ipam_plugin.app import create_app
 from ipam_plugin.claims import Claims, Stock
 from ipam_plugin.etcd import Delete, Put
 from ipam_plugin.interfaces import InterfaceAddress, Link
+from ipam_plugin.journal import Journal
 from ipam_plugin.ledger import Ledger
 from ipam_plugin.metrics import Metrics
 from ipam_plugin.model import Keys, Lease, decode
 from ipam_plugin.neighbourhood import Habits, Neighbourhood
+from ipam_plugin.outage import Outage
 from ipam_plugin.packets import How
 from ipam_plugin.register import Register
+from ipam_plugin.retire import Retirer
 from ipam_plugin.standby import Keeper
 from ipam_plugin.view import Local, View
 from ipam_plugin.wire import Failed, InUse, Outcome, Sighting, Silent, Times, Wire
@@ -190,6 +195,8 @@ class Host:
         time_limit: float = PATIENCE,
         habits: Habits = NOT_ASKED,
         wire: FakeLan | None = None,
+        journal: Path | None = None,
+        retire_after: float | None = None,
     ) -> None:
         self.etcd = etcd
         self.name = name
@@ -206,8 +213,17 @@ class Host:
             open_wire=(wire or FakeLan()).open,
         )
         self.stock = Stock()
+        self._directory = tempfile.TemporaryDirectory()
+        self.journal = Journal(journal or Path(self._directory.name) / "journal")
+        self.outage = Outage(
+            self.journal,
+            lambda deadline: etcd.get(KEYS.host(name), deadline=deadline),
+            alarm=lambda kind, text: self.alarms.append((kind, text)),
+        )
+        for work in self.outage.work():
+            self.stock.journalled(work.tokens)
         self.claims = Claims(
-            self.ledger, self.view, KEYS, name, self.neighbourhood, self.stock, vendor_of=lambda mac: ""
+            self.ledger, self.view, KEYS, name, self.neighbourhood, self.stock, self.outage, vendor_of=lambda mac: ""
         )
         self.keeper = Keeper(
             self.claims,
@@ -229,12 +245,27 @@ class Host:
             self.view,
             KEYS,
             name,
+            outage=self.outage,
             default_segment=segment,
             segments=lambda: {segment, *self.view.segments_of(name)},
             carried=lambda deadline: list(self.carried),
             alarm=lambda kind, text: self.alarms.append((kind, text)),
             on_given=self.keeper.given,
         )
+        self.serves = True
+        self.retirer = Retirer(
+            etcd,
+            self.ledger,
+            self.view,
+            KEYS,
+            name,
+            self.neighbourhood,
+            segments=lambda: {segment, *self.view.segments_of(name)},
+            serving=lambda: self.serves,
+            after=retire_after,
+            alarm=lambda kind, text: self.alarms.append((kind, text)),
+        )
+        self.view.on_orders = self.retirer.wake
         self.metrics = Metrics()
         self.app = create_app(self.register, self._serving, time_limit=time_limit, metrics=self.metrics)
         self._stop = threading.Event()
@@ -283,6 +314,32 @@ class Host:
         )
         self._threads[-1].start()
 
+    def retire(self) -> None:
+        """Start the thread that carries out orders to retire other hosts."""
+        self._threads.append(
+            threading.Thread(target=self.retirer.run, args=(self._stop,), name=f"retirer of {self.name}")
+        )
+        self._threads[-1].start()
+
+    def carry_out(self) -> None:
+        """Start the thread that carries out the journal."""
+        self._threads.append(
+            threading.Thread(
+                target=self.outage.run,
+                args=(self.register.settle, self._stop, lambda work: self.stock.settled(work.tokens)),
+                name=f"journal of {self.name}",
+            )
+        )
+        self._threads[-1].start()
+
+    def settle(self) -> None:
+        """One round of what that thread does."""
+        self.outage.carry_out(self.register.settle, lambda work: self.stock.settled(work.tokens))
+
+    def fill_disk(self) -> None:
+        """From now on nothing can be written to the journal."""
+        self._directory.cleanup()
+
     def catch_up(self) -> None:
         """Until the view has all that is in etcd now."""
         assert self.view.loaded.wait(PATIENCE)
@@ -294,11 +351,15 @@ class Host:
         self._gate.set()
         self.ledger.stop_freeing_orphans()
         self.keeper.close()
+        self.retirer.close()
+        self.outage.wake()
         self.etcd.set_down(self.etcd.down)  # wakes the watch
         for each in self._threads:
             each.join(PATIENCE)
             assert not each.is_alive(), f"thread {each.name} does not end"
         self.neighbourhood.close()
+        self.outage.close()
+        self._directory.cleanup()
 
     # ---- what Docker says
 

@@ -451,6 +451,9 @@ def test_the_deadline_is_kept_while_etcd_is_silent(method: str) -> None:
         began = time.monotonic()
         reply = host.post(f"/IpamDriver.{method}", json.dumps(body).encode())
         assert time.monotonic() - began < 2
-        assert reply.status == 503
-        assert "etcd" in reply.error
+        if method.startswith("Release"):
+            assert reply.status == 200, "it is in the journal"
+        else:
+            assert reply.status == 503
+            assert "etcd" in reply.error
         etcd.gate.set()

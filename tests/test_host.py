@@ -27,9 +27,11 @@ from ipam_plugin.errors import ConfigError, NotServing
 from ipam_plugin.etcd import Delete, KeyValue, Put
 from ipam_plugin.host import HEARTBEAT, Alarms, Predecessor, Presence, StateDir, host_name, predecessor
 from ipam_plugin.interfaces import InterfaceAddress
+from ipam_plugin.journal import Journal
 from ipam_plugin.ledger import Ledger
 from ipam_plugin.model import ENDPOINT, HOST, NAME, Alive, History, Host, Keys, Lease, decode, encode
 from ipam_plugin.neighbourhood import Habits, Neighbourhood
+from ipam_plugin.outage import Outage
 from ipam_plugin.protocol import RequestAddress, RequestPool
 from ipam_plugin.register import Register
 from ipam_plugin.view import View
@@ -200,12 +202,18 @@ class Node:
         neighbourhood = Neighbourhood(
             self.view, name, lambda segment: Habits(probe="off"), interfaces, alarm=self.presence.alarm
         )
+        outage = Outage(
+            Journal(Path(state) / "journal"),
+            lambda deadline: etcd.get(KEYS.host(name), deadline=deadline),
+            alarm=self.presence.alarm,
+        )
         self.register = Register(
             ledger,
-            Claims(ledger, self.view, KEYS, name, neighbourhood, Stock(), vendor_of=lambda mac: ""),
+            Claims(ledger, self.view, KEYS, name, neighbourhood, Stock(), outage, vendor_of=lambda mac: ""),
             self.view,
             KEYS,
             name,
+            outage=outage,
             default_segment=segment,
             segments=self.segments,
             carried=lambda deadline: self.carried,
