@@ -441,9 +441,9 @@ class Operations:
                         yield each
             last = parts.get("end")
             if last is not None and last.done:
-                stays = sum(len(part.kept) + part.more for part in parts.values())
-                if stays:
-                    raise Refused(f"{stays} addresses of host {name} stay taken")
+                if not last.forgotten:
+                    stays = sum(len(part.kept) + part.more for part in parts.values())
+                    raise Refused(f"host {name} stays in the register, for {stays} of its addresses stay taken")
                 return
             if order not in found or found[order].lease != ttl:
                 raise Refused(f"host {name} is there again, or the order was taken back: nothing more is freed")

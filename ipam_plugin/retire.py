@@ -1,11 +1,11 @@
 """Hosts that die: who is absent, the orders to retire one, and what a host that returns has lost.
 
-An order is a key `retiring/HOST` that an operator's command (or the policy `retire_after`) writes and nobody changes. The
-living daemons carry it out in parts, one for each subnet, each by a daemon that reaches that subnet's wire and has
-written its name under the order. What frees an address compares, besides the lease as it was before the wire was
-asked, that the host has no heartbeat, that its record is not newer than the order, and that the order still stands: a
-host that comes back, for however short a time, ends the order. An order is bound to a TTL, so one that nobody follows
-any more frees nothing later.
+An order is a key `retiring/HOST` that an operator's command (or the policy `retire_after`) writes and nobody changes.
+The living daemons carry it out in parts, one for each subnet, each by a daemon that reaches that subnet's wire and has
+written its name under the order. What frees an address compares, besides the lease as it was before the wire was asked,
+that the host has no heartbeat, that its record is not newer than the order, and that the order still stands: a host
+that comes back, for however short a time, ends the order. An order is bound to a TTL, so one that nobody follows any
+more frees nothing later.
 """
 
 from __future__ import annotations
@@ -496,7 +496,7 @@ class Retirer:
                 mine = _with(mine, _kept(segment, address, why))
         self._drop_shared(host, fence, deadline)
         self._drop_pools(host, fence, deadline)
-        forgotten = not self._view.entries_of(host) and self._forget(host, fence, deadline)
+        forgotten = not self._has_leases(host, deadline) and self._forget(host, fence, deadline)
         writer(msgspec.structs.replace(mine, done=True, forgotten=forgotten))
         plan.done = True
         if forgotten and standing.order.policy:  # where something stays, the order's TTL is when it is tried again
@@ -526,6 +526,12 @@ class Retirer:
             some = {key: there.pop(key) for key in list(there)[:POOLS_AT_ONCE]}
             if not self._ledger.write("retire", {**fence, **some}, [Delete(key) for key in some], deadline).applied:
                 raise _Ended(f"host {host} is there again, or the order to retire it was taken back")
+
+    def _has_leases(self, host: str, deadline: float) -> bool:
+        """Whether anything is left under its name; the view may not know yet what has just been freed."""
+        keys = [self._keys.lease(segment, address) for segment, address, _ in self._view.entries_of(host)]
+        found = self._ledger.read_many(keys, deadline).values()
+        return any(each is not None and read_lease(each.value).host == host for each in found)
 
     def _forget(self, host: str, fence: Mapping[str, int], deadline: float) -> bool:
         """The host's record goes. Whether it is gone."""

@@ -49,7 +49,8 @@ ALLOWED = {
     "app": {"errors", "metrics", "model", "protocol"},
     "daemon": {
         "addresses", "app", "claims", "config", "embedded_etcd", "errors", "etcd", "host", "interfaces", "journal",
-        "ledger", "metrics", "model", "neighbourhood", "outage", "register", "retire", "standby", "vendors", "view", "wire",
+        "ledger", "metrics", "model", "neighbourhood", "outage", "register", "retire", "standby", "vendors", "view",
+        "wire",
     },
     "cli": {"addresses", "config", "daemon", "errors", "host", "install", "model", "operations", "scan", "vendors"},
 }  # fmt: skip
