@@ -43,6 +43,7 @@ from ipam_plugin.model import Keys
 from ipam_plugin.neighbourhood import Habits, Neighbourhood
 from ipam_plugin.outage import Outage
 from ipam_plugin.register import Register
+from ipam_plugin.retire import Retirer
 from ipam_plugin.standby import Keeper
 from ipam_plugin.vendors import vendor_of
 from ipam_plugin.view import Local, View
@@ -171,6 +172,18 @@ class Daemon:
             alarm=self._presence.alarm,
             on_given=self._keeper.given,
         )
+        self._retirer = Retirer(
+            self._etcd,
+            self._ledger,
+            self._view,
+            keys,
+            name,
+            self._neighbourhood,
+            segments=self._segments,
+            serving=lambda: self._presence.is_serving,
+            after=config.retire_after,
+            alarm=self._presence.alarm,
+        )
         self._metrics = Metrics()
         self._metrics.ask(
             serving=lambda: self._presence.is_serving,
@@ -212,6 +225,7 @@ class Daemon:
         self._neighbourhood.on_opened = self._presence.changed
         self._claims.on_shortage = self._keeper.wake
         self._view.on_wanted = self._wanted
+        self._view.on_orders = self._retirer.wake
         self._view.on_pools = self._pools_changed
         self._view.on_went_back = lambda before, now: self._presence.alarm(
             "etcd_went_back",
@@ -227,6 +241,7 @@ class Daemon:
         self._run("journal", self._carry_out_journal)
         self._run("keeper", lambda: self._once_serving(lambda: self._keeper.run(self._stop)))
         self._run("holds", lambda: self._once_serving(lambda: self._holds.run(self._stop)))
+        self._run("retirer", lambda: self._retirer.run(self._stop))
         self._run("ready", self._report_ready)
         self._watcher = interfaces.Watcher(self._interfaces_changed)
         self._watcher.start()
@@ -242,6 +257,7 @@ class Daemon:
         self._stop.set()
         self._presence.changed()
         self._keeper.close()
+        self._retirer.close()
         self._outage.wake()
         self._holds.wake()
         self._ledger.stop_freeing_orphans()
@@ -326,7 +342,7 @@ class Daemon:
                     return notify("READY=1")
 
 
-NOT_YET = ("retire_after", "docker")
+NOT_YET = ("docker",)
 
 
 def not_carried_out(config: Config) -> list[str]:

@@ -545,7 +545,7 @@ class Presence:
                 macs=tuple(sorted({*self._listens_with()})),
             )
         )
-        if record == self._written and known is not None:
+        if record == self._written and known is not None and not known.absent:
             return
         commit = self._etcd.commit({key: revision}, [Put(key, record)], deadline=deadline, proof=key)
         if commit.applied:

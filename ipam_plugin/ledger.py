@@ -40,6 +40,8 @@ from ipam_plugin.view import Entry, Full, Settings, View
 
 log = logging.getLogger(__name__)
 
+READ_AT_ONCE = 100  # keys in one question; etcd takes 128
+
 
 class Transactions(Protocol):
     """What the ledger needs of etcd. etcd.Etcd has it, and so has the fake of the tests."""
@@ -119,7 +121,8 @@ class Ledger:
             if decision is FREE:
                 assert current is not None
                 assert lease is not None
-                commit = self._free(claim, current, lease, found.get(past_key), why, unchanged, deadline)
+                place = (claim.pool.segment, claim.address)
+                commit = self.free(place, current, lease, found.get(past_key), why, unchanged, deadline)
                 if commit.applied or commit.found[key] is None:
                     self._expect_stuck_grant(claim, lease)
                     return True
@@ -191,18 +194,22 @@ class Ledger:
             self.abandon(key, claim)
         return commit
 
-    def _free(
+    def free(
         self,
-        claim: Claim,
+        place: tuple[str, Address],
         current: KeyValue,
         lease: Lease,
         past: KeyValue | None,
         why: str,
         unchanged: Mapping[str, int],
         deadline: float,
+        also: Sequence[Put] = (),
     ) -> Commit:
-        """Delete the lease at the revision that was read, and remember its holder, in one transaction."""
-        return self._end(claim, current, lease, Delete(current.key), past, why, unchanged, deadline)
+        """Delete the lease at the revision that was read, and remember its holder, in one transaction.
+
+        `place` is its segment and address, `past` its history as it was read; `also` is written with it.
+        """
+        return self._end(place, current, lease, [Delete(current.key), *also], past, why, unchanged, deadline)
 
     def _hold(
         self,
@@ -215,8 +222,8 @@ class Ledger:
         deadline: float,
     ) -> Commit:
         """Its container stopped, so the history has it: the address is silent from now on, and its MAC is known."""
-        why = f"stopped, held until {held.until}"
-        return self._end(claim, current, lease, Put(current.key, encode(held)), past, why, unchanged, deadline)
+        place, why = (claim.pool.segment, claim.address), f"stopped, held until {held.until}"
+        return self._end(place, current, lease, [Put(current.key, encode(held))], past, why, unchanged, deadline)
 
     def _expect_stuck_grant(self, claim: Claim, ended: Lease) -> None:
         """A try of its grant that got stuck may come through yet, as soon as the key is free."""
@@ -226,24 +233,24 @@ class Ledger:
 
     def _end(
         self,
-        claim: Claim,
+        place: tuple[str, Address],
         current: KeyValue,
         lease: Lease,
-        write: Put | Delete,
+        writes: Sequence[Put | Delete],
         past: KeyValue | None,
         why: str,
         unchanged: Mapping[str, int],
         deadline: float,
     ) -> Commit:
         history = remember(_history(past), lease, why, datetime.datetime.now(datetime.UTC))
-        past_key = self._keys.past(claim.pool.segment, claim.address)
+        past_key = self._keys.past(*place)
         return self.write(
             "free",
             {current.key: current.revision, past_key: past.revision if past else 0, **unchanged},
             # In this order the view knows that the address rests before it sees it free.
-            [Put(past_key, encode(history)), write],
+            [Put(past_key, encode(history)), *writes],
             deadline,
-            proof=current.key if isinstance(write, Put) else None,
+            proof=current.key if isinstance(writes[0], Put) else None,
         )
 
     def write(
@@ -269,6 +276,13 @@ class Ledger:
         """A key that vanishes by itself: never one that says an address is taken (design section 4). Its revision."""
         lease = self._etcd.grant_ttl(seconds, deadline=deadline)
         return self._etcd.commit({}, [Put(key, value, lease)], deadline=deadline).revision
+
+    def read_many(self, keys: Sequence[str], deadline: float) -> dict[str, KeyValue | None]:
+        """However many they are; each READ_AT_ONCE of them as they were at one moment."""
+        found: dict[str, KeyValue | None] = {}
+        for first in range(0, len(keys), READ_AT_ONCE):
+            found.update(self._etcd.get_many(keys[first : first + READ_AT_ONCE], deadline=deadline)[0])
+        return found
 
     def read(self, key: str, deadline: float) -> KeyValue | None:
         found, _ = self._etcd.get_many([key], deadline=deadline)

@@ -34,6 +34,7 @@ from ipam_plugin.neighbourhood import Habits, Neighbourhood
 from ipam_plugin.outage import Outage
 from ipam_plugin.packets import How
 from ipam_plugin.register import Register
+from ipam_plugin.retire import Retirer
 from ipam_plugin.standby import Keeper
 from ipam_plugin.view import Local, View
 from ipam_plugin.wire import Failed, InUse, Outcome, Sighting, Silent, Times, Wire
@@ -196,6 +197,7 @@ class Host:
         habits: Habits = NOT_ASKED,
         wire: FakeLan | None = None,
         journal: Path | None = None,
+        retire_after: float | None = None,
     ) -> None:
         self.etcd = etcd
         self.name = name
@@ -253,6 +255,20 @@ class Host:
             alarm=lambda kind, text: self.alarms.append((kind, text)),
             on_given=self.keeper.given,
         )
+        self.serves = True
+        self.retirer = Retirer(
+            etcd,
+            self.ledger,
+            self.view,
+            KEYS,
+            name,
+            self.neighbourhood,
+            segments=lambda: {segment, *self.view.segments_of(name)},
+            serving=lambda: self.serves,
+            after=retire_after,
+            alarm=lambda kind, text: self.alarms.append((kind, text)),
+        )
+        self.view.on_orders = self.retirer.wake
         self.metrics = Metrics()
         self._time_limit = time_limit
         self.app = create_app(self.register, self._admit, metrics=self.metrics)
@@ -304,6 +320,13 @@ class Host:
         )
         self._threads[-1].start()
 
+    def retire(self) -> None:
+        """Start the thread that carries out orders to retire other hosts."""
+        self._threads.append(
+            threading.Thread(target=self.retirer.run, args=(self._stop,), name=f"retirer of {self.name}")
+        )
+        self._threads[-1].start()
+
     def carry_out(self) -> None:
         """Start the thread that carries out the journal."""
         self._threads.append(
@@ -343,6 +366,7 @@ class Host:
         self._gate.set()
         self.ledger.stop_freeing_orphans()
         self.keeper.close()
+        self.retirer.close()
         self.outage.wake()
         self.holds.wake()
         self.etcd.set_down(self.etcd.down)  # wakes the watch

@@ -43,12 +43,15 @@ ALLOWED = {
         "addresses", "claims", "decisions", "errors", "etcd", "journal", "ledger", "model", "neighbourhood", "outage",
         "protocol", "view",
     },
+    "retirement": {"decisions", "model"},
+    "retire": {"addresses", "errors", "etcd", "ledger", "model", "neighbourhood", "retirement", "view"},
     "operations": {"addresses", "errors", "etcd", "model"},
     "host": {"errors", "etcd", "interfaces", "model", "register", "view"},
     "app": {"errors", "metrics", "model", "protocol"},
     "daemon": {
         "addresses", "app", "claims", "config", "embedded_etcd", "errors", "etcd", "holds", "host", "interfaces",
-        "journal", "ledger", "metrics", "model", "neighbourhood", "outage", "register", "standby", "vendors", "view",
+        "journal", "ledger", "metrics", "model", "neighbourhood", "outage", "register", "retire", "standby", "vendors",
+        "view",
         "wire",
     },
     "cli": {"addresses", "config", "daemon", "errors", "host", "install", "model", "operations", "scan", "vendors"},
@@ -82,6 +85,8 @@ OWNERS = {
         "operations",
         "protocol",
         "register",
+        "retire",
+        "retirement",
     },
 }
 
@@ -94,6 +99,7 @@ PURE = {
     "protocol": {"enum", "re", "typing"},
     "decisions": {"collections", "enum", "ipaddress", "typing"},
     "evidence": {"collections", "typing"},
+    "retirement": {"collections", "typing"},
 }
 CLOCKS = {"now", "utcnow", "today", "time", "monotonic"}
 
