@@ -26,6 +26,7 @@ ALLOWED = {
     "vendors": set(),
     "evidence": {"addresses", "errors", "model"},
     "dockerd": {"addresses", "errors", "evidence"},
+    "check": {"addresses", "decisions", "errors", "evidence", "model"},
     "etcd3_import": set(),
     "etcd": {"errors", "etcd3_import"},
     "config": {"addresses", "errors"},
@@ -42,14 +43,17 @@ ALLOWED = {
         "addresses", "claims", "decisions", "errors", "etcd", "journal", "ledger", "model", "neighbourhood", "outage",
         "protocol", "view",
     },
-    "operations": {"addresses", "errors", "etcd", "model"},
+    "operations": {"addresses", "check", "errors", "etcd", "model"},
     "host": {"errors", "etcd", "interfaces", "model", "register", "view"},
     "app": {"errors", "metrics", "model", "protocol"},
     "daemon": {
         "addresses", "app", "claims", "config", "embedded_etcd", "errors", "etcd", "host", "interfaces", "journal",
         "ledger", "metrics", "model", "neighbourhood", "outage", "register", "standby", "vendors", "view", "wire",
     },
-    "cli": {"addresses", "config", "daemon", "errors", "host", "install", "model", "operations", "scan", "vendors"},
+    "cli": {
+        "addresses", "check", "config", "daemon", "dockerd", "errors", "host", "install", "model", "operations", "scan",
+        "vendors",
+    },
 }  # fmt: skip
 
 # Who may import a library, by its top-level name.
@@ -69,6 +73,7 @@ OWNERS = {
     "rich": {"cli"},
     "msgspec": {
         "app",
+        "check",
         "cli",
         "config",
         "daemon",
@@ -92,6 +97,7 @@ PURE = {
     "protocol": {"enum", "re", "typing"},
     "decisions": {"collections", "enum", "ipaddress", "typing"},
     "evidence": {"collections", "typing"},
+    "check": {"collections", "datetime", "typing"},
 }
 CLOCKS = {"now", "utcnow", "today", "time", "monotonic"}
 
