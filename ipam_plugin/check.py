@@ -38,6 +38,7 @@ from ipam_plugin.model import (
     rfc3339,
 )
 
+APART = 30.0  # seconds between two comparisons that prove together that something is gone
 SETTLING = 30.0  # seconds in which what has just begun or ended may not be everywhere yet
 DEAF = ("macvlan", "ipvlan")  # a host does not hear its own containers on such a network
 
@@ -181,12 +182,12 @@ def compare(world: World, keys: Keys) -> list[Difference]:
     return [*found.not_compared(), *sorted(differences, key=lambda each: (each.segment, each.address, each.kind))]
 
 
-def places(world: World) -> list[Place]:
+def places(world: World, keys: Keys) -> list[Place]:
     """The addresses that the wire is asked for, this host's own first."""
     mine = {each.pool.segment for each in world.register.pools if each.host == world.host and each.pool}
     mine |= {world.default_segment, *world.segments}
     engine = world.engine if isinstance(world.engine, Engine) else None
-    compared = _Comparison(world, Keys())
+    compared = _Comparison(world, keys)
     own = (
         [(pool.segment, each.address) for each in engine.attachments for pool in compared.pools_of(each)]
         if engine

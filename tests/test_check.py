@@ -369,9 +369,8 @@ def test_places() -> None:
     theirs = endpoint("10.0.0.30", "b")
     elsewhere = endpoint("10.0.0.31", "b")._replace(segment="far")
     kept = found("10.0.0.50", Lease(RESERVED))
-    asked = [
-        str(address) for _, address in places(world([theirs, elsewhere, kept, endpoint(A)], [attached("10.0.0.99")]))
-    ]
+    before = world([theirs, elsewhere, kept, endpoint(A)], [attached("10.0.0.99")])
+    asked = [str(address) for _, address in places(before, KEYS)]
     assert asked == ["10.0.0.99", "10.0.0.1", A, "10.0.0.30"]
 
 

@@ -51,8 +51,8 @@ ALLOWED = {
         "ledger", "metrics", "model", "neighbourhood", "outage", "register", "standby", "vendors", "view", "wire",
     },
     "cli": {
-        "addresses", "check", "config", "daemon", "dockerd", "errors", "host", "install", "model", "operations", "scan",
-        "vendors",
+        "addresses", "check", "config", "daemon", "dockerd", "errors", "evidence", "host", "install", "model",
+        "operations", "scan", "vendors",
     },
 }  # fmt: skip
 
