@@ -26,6 +26,7 @@ ALLOWED = {
     "vendors": set(),
     "evidence": {"addresses", "errors", "model"},
     "dockerd": {"addresses", "errors", "evidence"},
+    "check": {"addresses", "decisions", "errors", "evidence", "model"},
     "etcd3_import": set(),
     "etcd": {"errors", "etcd3_import"},
     "config": {"addresses", "errors"},
@@ -45,7 +46,7 @@ ALLOWED = {
     },
     "retirement": {"decisions", "model"},
     "retire": {"addresses", "errors", "etcd", "ledger", "model", "neighbourhood", "retirement", "view"},
-    "operations": {"addresses", "errors", "etcd", "model"},
+    "operations": {"addresses", "check", "errors", "etcd", "model"},
     "host": {"errors", "etcd", "interfaces", "model", "register", "view"},
     "app": {"errors", "metrics", "model", "protocol"},
     "daemon": {
@@ -54,7 +55,10 @@ ALLOWED = {
         "view",
         "wire",
     },
-    "cli": {"addresses", "config", "daemon", "errors", "host", "install", "model", "operations", "scan", "vendors"},
+    "cli": {
+        "addresses", "check", "config", "daemon", "dockerd", "errors", "evidence", "host", "install", "model",
+        "operations", "scan", "vendors",
+    },
 }  # fmt: skip
 
 # Who may import a library, by its top-level name.
@@ -74,6 +78,7 @@ OWNERS = {
     "rich": {"cli"},
     "msgspec": {
         "app",
+        "check",
         "cli",
         "config",
         "daemon",
@@ -100,6 +105,7 @@ PURE = {
     "decisions": {"collections", "enum", "ipaddress", "typing"},
     "evidence": {"collections", "typing"},
     "retirement": {"collections", "typing"},
+    "check": {"collections", "datetime", "typing"},
 }
 CLOCKS = {"now", "utcnow", "today", "time", "monotonic"}
 
