@@ -27,10 +27,11 @@ import gunicorn.workers.gthread
 import msgspec
 
 from ipam_plugin import __version__, interfaces
-from ipam_plugin.addresses import parse_address, parse_range
+from ipam_plugin.addresses import Address, parse_address, parse_range
 from ipam_plugin.app import SPARE_THREADS, WAITING, create_app
 from ipam_plugin.claims import Claims, Stock
 from ipam_plugin.config import Config
+from ipam_plugin.dockerd import Dockerd
 from ipam_plugin.embedded_etcd import EmbeddedEtcd
 from ipam_plugin.errors import ConfigError, NotServing, ProbeFailed
 from ipam_plugin.etcd import Etcd, EtcdSettings, Event, KeyValue
@@ -38,9 +39,10 @@ from ipam_plugin.host import Presence, StateDir, host_name
 from ipam_plugin.journal import Journal, Work
 from ipam_plugin.ledger import Ledger
 from ipam_plugin.metrics import Metrics
-from ipam_plugin.model import Keys
+from ipam_plugin.model import Keys, Pool
 from ipam_plugin.neighbourhood import Habits, Neighbourhood
 from ipam_plugin.outage import Outage
+from ipam_plugin.reconcile import Reconciler
 from ipam_plugin.register import Register
 from ipam_plugin.standby import Keeper
 from ipam_plugin.vendors import vendor_of
@@ -164,7 +166,31 @@ class Daemon:
             segments=self._segments,
             carried=carried,
             alarm=self._presence.alarm,
-            on_given=self._keeper.given,
+            on_given=self._given,
+            is_gone=lambda pool, address, lease, deadline: (
+                self._reconciler is not None and self._reconciler.is_gone(pool, address, lease, deadline)
+            ),
+        )
+        self._dockerd = Dockerd(config.docker.socket)
+        self._reconciler = (
+            Reconciler(
+                self._dockerd,
+                self._register,
+                self._ledger,
+                self._claims,
+                self._view,
+                keys,
+                name,
+                self._neighbourhood,
+                state,
+                grace=config.docker.grace,
+                default_segment=config.segment,
+                carried=carried,
+                alarm=self._presence.alarm,
+                pending=lambda segment, address: self._outage.of(segment, address) is not None,
+            )
+            if config.docker.reconcile
+            else None
         )
         self._metrics = Metrics()
         self._metrics.ask(
@@ -179,6 +205,8 @@ class Daemon:
             unproven=lambda: self._claims.unproven,
             wires=self._neighbourhood.states,
             outage=self._outage,
+            docker_looks=lambda: dict(self._reconciler.looks) if self._reconciler else {},
+            reconciled=lambda: dict(self._reconciler.results) if self._reconciler else {},
         )
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -226,6 +254,8 @@ class Daemon:
         self._run("orphans", lambda: self._ledger.free_orphans(self._stop))
         self._run("journal", self._carry_out_journal)
         self._run("keeper", self._keep)
+        if self._reconciler is not None:
+            self._run("reconcile", self._reconcile)
         self._run("ready", self._report_ready)
         self._watcher = interfaces.Watcher(self._interfaces_changed)
         self._watcher.start()
@@ -237,6 +267,8 @@ class Daemon:
         self._stop.set()
         self._presence.changed()
         self._keeper.close()
+        if self._reconciler is not None:
+            self._reconciler.close()
         self._outage.wake()
         self._ledger.stop_freeing_orphans()
         if self._watcher is not None:
@@ -246,6 +278,7 @@ class Daemon:
         self._presence.leave()
         for thread in self._threads:
             thread.join(3)
+        self._dockerd.close()
         self._outage.close()
         self._etcd.close()
         if self._embedded is not None:
@@ -272,6 +305,13 @@ class Daemon:
     def _pools_changed(self) -> None:
         self._presence.changed()
         self._keeper.wake()
+        if self._reconciler is not None:
+            self._reconciler.wake()
+
+    def _given(self, pool: Pool, address: Address, mac: str) -> None:
+        self._keeper.given(pool, address, mac)
+        if self._reconciler is not None:
+            self._reconciler.given(pool, address, mac)
 
     def _once_serving(self, work: Callable[[], None]) -> None:
         """For what needs to be sure that this host is the one of its name."""
@@ -285,6 +325,11 @@ class Daemon:
     def _keep(self) -> None:
         self._once_serving(lambda: self._keeper.run(self._stop))
 
+    def _reconcile(self) -> None:
+        assert self._reconciler is not None
+        reconciler = self._reconciler
+        self._once_serving(lambda: reconciler.run(self._stop))
+
     def _carry_out_journal(self) -> None:
         def done(work: Work) -> None:
             self._stock.settled(work.tokens)
@@ -294,6 +339,8 @@ class Daemon:
     def _watch(self) -> None:
         def reset(values: list[KeyValue], revision: int) -> None:
             self._view.reset(((each.key, each.value, each.revision) for each in values), revision)
+            if self._reconciler is not None:
+                self._reconciler.wake()  # etcd may be back from a backup
 
         def events(changes: list[Event], revision: int) -> None:
             self._view.apply(changes, revision)
@@ -319,7 +366,7 @@ class Daemon:
                     return notify("READY=1")
 
 
-NOT_YET = ("hold", "boot_wait", "retire_after", "docker")
+NOT_YET = ("hold", "boot_wait", "retire_after")
 
 
 def not_carried_out(config: Config) -> list[str]:

@@ -39,6 +39,8 @@ from ipam_plugin.view import Entry, Full, Settings, View
 
 log = logging.getLogger(__name__)
 
+READ_AT_ONCE = 100  # keys; etcd takes 128 in one transaction
+
 
 class Transactions(Protocol):
     """What the ledger needs of etcd. etcd.Etcd has it, and so has the fake of the tests."""
@@ -99,8 +101,11 @@ class Ledger:
         deadline: float,
         why: str = "",
         unchanged: Mapping[str, int] | None = None,
+        *,
+        purpose: str = "grant",
+        abandon: bool = True,
     ) -> bool:
-        """Read the lease, decide, write; again when the transaction found another one.
+        """Read the lease, decide, write; again when the transaction found another one. `abandon` as in `grant`.
 
         False, and nothing was written, when a key of `unchanged` had another revision.
         """
@@ -128,7 +133,7 @@ class Ledger:
             else:
                 assert isinstance(decision, Lease)
                 revision = current.revision if current else 0
-                commit = self.grant(claim, decision, revision, settings, deadline, unchanged)
+                commit = self.grant(claim, decision, revision, settings, deadline, unchanged, purpose, abandon=abandon)
                 if commit.applied:
                     return True
             for each, expected in unchanged.items():
@@ -234,6 +239,14 @@ class Ledger:
     def read(self, key: str, deadline: float) -> KeyValue | None:
         found, _ = self._etcd.get_many([key], deadline=deadline)
         return found[key]
+
+    def read_many(self, keys: Sequence[str], deadline: float) -> dict[str, KeyValue]:
+        """Those of the keys that are there."""
+        found: dict[str, KeyValue] = {}
+        for first in range(0, len(keys), READ_AT_ONCE):
+            there, _ = self._etcd.get_many(keys[first : first + READ_AT_ONCE], deadline=deadline)
+            found.update((key, value) for key, value in there.items() if value is not None)
+        return found
 
     # ---------------------------------------------------------------------------- the next free address
 

@@ -42,12 +42,17 @@ ALLOWED = {
         "addresses", "claims", "decisions", "errors", "etcd", "journal", "ledger", "model", "neighbourhood", "outage",
         "protocol", "view",
     },
+    "reconcile": {
+        "addresses", "claims", "decisions", "errors", "evidence", "ledger", "model", "neighbourhood", "register",
+        "view",
+    },
     "operations": {"addresses", "errors", "etcd", "model"},
     "host": {"errors", "etcd", "interfaces", "model", "register", "view"},
     "app": {"errors", "metrics", "model", "protocol"},
     "daemon": {
-        "addresses", "app", "claims", "config", "embedded_etcd", "errors", "etcd", "host", "interfaces", "journal",
-        "ledger", "metrics", "model", "neighbourhood", "outage", "register", "standby", "vendors", "view", "wire",
+        "addresses", "app", "claims", "config", "dockerd", "embedded_etcd", "errors", "etcd", "host", "interfaces",
+        "journal", "ledger", "metrics", "model", "neighbourhood", "outage", "reconcile", "register", "standby",
+        "vendors", "view", "wire",
     },
     "cli": {"addresses", "config", "daemon", "errors", "host", "install", "model", "operations", "scan", "vendors"},
 }  # fmt: skip
@@ -91,7 +96,7 @@ PURE = {
     "model": {"collections", "dataclasses", "datetime", "functools", "re", "typing"},
     "protocol": {"enum", "re", "typing"},
     "decisions": {"collections", "enum", "ipaddress", "typing"},
-    "evidence": {"collections", "typing"},
+    "evidence": {"collections", "enum", "typing"},
 }
 CLOCKS = {"now", "utcnow", "today", "time", "monotonic"}
 
