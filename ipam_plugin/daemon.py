@@ -27,10 +27,11 @@ import gunicorn.workers.gthread
 import msgspec
 
 from ipam_plugin import __version__, interfaces
-from ipam_plugin.addresses import parse_address, parse_range
+from ipam_plugin.addresses import Address, parse_address, parse_range
 from ipam_plugin.app import SPARE_THREADS, WAITING, create_app
 from ipam_plugin.claims import Claims, Stock
 from ipam_plugin.config import Config
+from ipam_plugin.dockerd import Dockerd
 from ipam_plugin.embedded_etcd import EmbeddedEtcd
 from ipam_plugin.errors import ConfigError, NotServing, ProbeFailed
 from ipam_plugin.etcd import Etcd, EtcdSettings, Event, KeyValue
@@ -39,9 +40,10 @@ from ipam_plugin.host import Presence, StateDir, host_name
 from ipam_plugin.journal import Journal, Work
 from ipam_plugin.ledger import Ledger
 from ipam_plugin.metrics import Metrics
-from ipam_plugin.model import Keys
+from ipam_plugin.model import Keys, Pool
 from ipam_plugin.neighbourhood import Habits, Neighbourhood
 from ipam_plugin.outage import Outage
+from ipam_plugin.reconcile import Reconciler
 from ipam_plugin.register import Register
 from ipam_plugin.retire import Retirer
 from ipam_plugin.standby import Keeper
@@ -170,7 +172,31 @@ class Daemon:
             segments=self._segments,
             carried=carried,
             alarm=self._presence.alarm,
-            on_given=self._keeper.given,
+            on_given=self._given,
+            is_gone=lambda pool, address, lease, deadline: (
+                self._reconciler is not None and self._reconciler.is_gone(pool, address, lease, deadline)
+            ),
+        )
+        self._dockerd = Dockerd(config.docker.socket)
+        self._reconciler = (
+            Reconciler(
+                self._dockerd,
+                self._register,
+                self._ledger,
+                self._claims,
+                self._view,
+                keys,
+                name,
+                self._neighbourhood,
+                state,
+                grace=config.docker.grace,
+                default_segment=config.segment,
+                carried=carried,
+                alarm=self._presence.alarm,
+                pending=lambda segment, address: self._outage.of(segment, address) is not None,
+            )
+            if config.docker.reconcile
+            else None
         )
         self._retirer = Retirer(
             self._etcd,
@@ -197,6 +223,8 @@ class Daemon:
             unproven=lambda: self._claims.unproven,
             wires=self._neighbourhood.states,
             outage=self._outage,
+            docker_looks=lambda: dict(self._reconciler.looks) if self._reconciler else {},
+            reconciled=lambda: dict(self._reconciler.results) if self._reconciler else {},
         )
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -212,8 +240,6 @@ class Daemon:
 
     def start(self) -> None:
         log.info("ipam-plugin %s starts as host %s", __version__, self._presence.name)
-        for line in not_carried_out(self._config):
-            log.warning("%s", line)
         if asks_a_wire(self._config):
             try:
                 require_capability()
@@ -227,6 +253,8 @@ class Daemon:
         self._view.on_wanted = self._wanted
         self._view.on_orders = self._retirer.wake
         self._view.on_pools = self._pools_changed
+        if self._reconciler is not None:
+            self._reconciler.on_look.append(self._holds.looked)
         self._view.on_went_back = lambda before, now: self._presence.alarm(
             "etcd_went_back",
             f"etcd went back from revision {before} to {now} (a backup was restored, or its data are gone): addresses"
@@ -242,6 +270,8 @@ class Daemon:
         self._run("keeper", lambda: self._once_serving(lambda: self._keeper.run(self._stop)))
         self._run("holds", lambda: self._once_serving(lambda: self._holds.run(self._stop)))
         self._run("retirer", lambda: self._retirer.run(self._stop))
+        if self._reconciler is not None:
+            self._run("reconcile", self._reconcile)
         self._run("ready", self._report_ready)
         self._watcher = interfaces.Watcher(self._interfaces_changed)
         self._watcher.start()
@@ -258,6 +288,8 @@ class Daemon:
         self._presence.changed()
         self._keeper.close()
         self._retirer.close()
+        if self._reconciler is not None:
+            self._reconciler.close()
         self._outage.wake()
         self._holds.wake()
         self._ledger.stop_freeing_orphans()
@@ -268,6 +300,7 @@ class Daemon:
         self._presence.leave()
         for thread in self._threads:
             thread.join(3)
+        self._dockerd.close()
         self._outage.close()
         self._etcd.close()
         if self._embedded is not None:
@@ -294,6 +327,13 @@ class Daemon:
     def _pools_changed(self) -> None:
         self._presence.changed()
         self._keeper.wake()
+        if self._reconciler is not None:
+            self._reconciler.wake()
+
+    def _given(self, pool: Pool, address: Address, mac: str) -> None:
+        self._keeper.given(pool, address, mac)
+        if self._reconciler is not None:
+            self._reconciler.given(pool, address, mac)
 
     def _wanted(self) -> None:
         self._keeper.wake()
@@ -308,6 +348,11 @@ class Daemon:
                 continue
             return work()
 
+    def _reconcile(self) -> None:
+        assert self._reconciler is not None
+        reconciler = self._reconciler
+        self._once_serving(lambda: reconciler.run(self._stop))
+
     def _carry_out_journal(self) -> None:
         def done(work: Work) -> None:
             self._stock.settled(work.tokens)
@@ -317,6 +362,8 @@ class Daemon:
     def _watch(self) -> None:
         def reset(values: list[KeyValue], revision: int) -> None:
             self._view.reset(((each.key, each.value, each.revision) for each in values), revision)
+            if self._reconciler is not None:
+                self._reconciler.wake()  # etcd may be back from a backup
 
         def events(changes: list[Event], revision: int) -> None:
             self._view.apply(changes, revision)
@@ -340,21 +387,6 @@ class Daemon:
                     notify(f"STATUS={status}")
                 if time.monotonic() >= end:
                     return notify("READY=1")
-
-
-NOT_YET = ("docker",)
-
-
-def not_carried_out(config: Config) -> list[str]:
-    """What the configuration asks for and this version does not do, a line each."""
-    lines = []
-    for key in NOT_YET:
-        asked = getattr(config, key)
-        usual = next(each.default for each in msgspec.structs.fields(Config) if each.name == key)
-        own = [name for name, each in config.segments.items() if getattr(each, key, None) is not None]
-        if asked != usual or own:
-            lines.append(f"{key}: this version reads it and does not act on it yet")
-    return lines
 
 
 # ------------------------------------------------------------------------------------------- processes

@@ -326,6 +326,42 @@ def drop_pool(lease: Lease | None, claim: Claim, carried: bool, kept_router: boo
     return _without(lease, claim, rest, carried, kept_router)
 
 
+def end_orphan(lease: Lease | None, claim: Claim, token: str, carried: bool) -> Decision:
+    """Docker has no container with the address any more: exactly that lease ends, whatever was noted in it."""
+    if lease is None or (lease.kind, lease.host, lease.token) != (ENDPOINT, claim.host, token):
+        return KEEP
+    return Lease(kind=HOST, host=claim.host, mac=lease.mac, since=claim.now, token=claim.token) if carried else FREE
+
+
+def name_container(lease: Lease | None, claim: Claim, token: str, container: Container, mac: str) -> Decision:
+    """For operators: who has the address, as Docker calls it now. The grant stays the same one."""
+    if lease is None or (lease.kind, lease.host, lease.token) != (ENDPOINT, claim.host, token):
+        return KEEP
+    named = msgspec.structs.replace(lease, container=container, mac=lease.mac or mac)
+    return KEEP if named == lease else named
+
+
+def restore_endpoint(lease: Lease | None, claim: Claim, mac: str, container: Container | None, fixed: bool) -> Decision:
+    """A container that runs has the address, and the register does not know (it came back from a backup).
+
+    A `conflict` with its very MAC is what another host found when it asked for the address meanwhile.
+    """
+    if lease is not None and lease.host == claim.host and lease.kind == ENDPOINT:
+        return KEEP
+    if lease is not None and lease.kind == ROUTER and any(each.host == claim.host for each in lease.holders):
+        return KEEP  # an engine that lost our capabilities asked for it as for an auxiliary address
+    if (
+        lease is None
+        or (lease.kind in (HELD, STANDBY) and lease.host == claim.host)
+        or (lease.kind == CONFLICT and lease.mac and lease.mac == mac)
+    ):
+        return Lease(
+            kind=ENDPOINT, host=claim.host, mac=mac, container=container, pool=claim.pool.id,
+            since=claim.now, token=claim.token, fixed=fixed,
+        )  # fmt: skip
+    _taken(claim, lease)
+
+
 def without_orphan(lease: Lease | None, claim: Claim) -> Decision:
     """What remains of a lease whose grant was refused although it was written: nothing, or what others hold of it."""
     if lease is None:

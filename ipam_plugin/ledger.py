@@ -102,8 +102,11 @@ class Ledger:
         deadline: float,
         why: str = "",
         unchanged: Mapping[str, int] | None = None,
+        *,
+        purpose: str = "grant",
+        abandon: bool = True,
     ) -> bool:
-        """Read the lease, decide, write; again when the transaction found another one.
+        """Read the lease, decide, write; again when the transaction found another one. `abandon` as in `grant`.
 
         False, and nothing was written, when a key of `unchanged` had another revision.
         """
@@ -136,7 +139,7 @@ class Ledger:
             else:
                 assert isinstance(decision, Lease)
                 revision = current.revision if current else 0
-                commit = self.grant(claim, decision, revision, settings, deadline, unchanged)
+                commit = self.grant(claim, decision, revision, settings, deadline, unchanged, purpose, abandon=abandon)
                 if commit.applied:
                     return True
             for each, expected in unchanged.items():

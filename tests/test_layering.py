@@ -44,16 +44,19 @@ ALLOWED = {
         "addresses", "claims", "decisions", "errors", "etcd", "journal", "ledger", "model", "neighbourhood", "outage",
         "protocol", "view",
     },
+    "reconcile": {
+        "addresses", "claims", "decisions", "errors", "evidence", "ledger", "model", "neighbourhood", "register",
+        "view",
+    },
     "retirement": {"decisions", "model"},
     "retire": {"addresses", "errors", "etcd", "ledger", "model", "neighbourhood", "retirement", "view"},
     "operations": {"addresses", "check", "errors", "etcd", "model"},
     "host": {"errors", "etcd", "interfaces", "model", "register", "view"},
     "app": {"errors", "metrics", "model", "protocol"},
     "daemon": {
-        "addresses", "app", "claims", "config", "embedded_etcd", "errors", "etcd", "holds", "host", "interfaces",
-        "journal", "ledger", "metrics", "model", "neighbourhood", "outage", "register", "retire", "standby", "vendors",
-        "view",
-        "wire",
+        "addresses", "app", "claims", "config", "dockerd", "embedded_etcd", "errors", "etcd", "holds", "host",
+        "interfaces", "journal", "ledger", "metrics", "model", "neighbourhood", "outage", "reconcile", "register",
+        "retire", "standby", "vendors", "view", "wire",
     },
     "cli": {
         "addresses", "check", "config", "daemon", "dockerd", "errors", "evidence", "host", "install", "model",
@@ -103,7 +106,7 @@ PURE = {
     "model": {"collections", "dataclasses", "datetime", "functools", "re", "typing"},
     "protocol": {"enum", "re", "typing"},
     "decisions": {"collections", "enum", "ipaddress", "typing"},
-    "evidence": {"collections", "typing"},
+    "evidence": {"collections", "enum", "typing"},
     "retirement": {"collections", "typing"},
     "check": {"collections", "datetime", "typing"},
 }
