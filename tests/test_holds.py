@@ -19,7 +19,7 @@ import properties  # noqa: F401  # the settings of hypothesis
 from harness import KEYS, MAC, NAME, PATIENCE, FakeLan, Host, Lan, bridge, until
 from ipam_plugin import decisions
 from ipam_plugin.decisions import FREE, KEEP, Claim
-from ipam_plugin.evidence import HOLD_LOOKS_APART, Known, Look, Unclaimed, unclaimed
+from ipam_plugin.evidence import APART, Known, Look, Unclaimed, unclaimed
 from ipam_plugin.model import ENDPOINT, HELD, STANDBY, Container, History, Lease, Pool, decode, encode, parse_time
 from ipam_plugin.neighbourhood import Habits
 from ipam_plugin.view import Local
@@ -411,8 +411,8 @@ BY_MAC = Lease(HELD, "a", mac=FIXED, known=True)
 def test_a_hold_is_over_when_nobody_could_come_back(held: Lease, containers: dict[str, Known], over: bool) -> None:
     first = unclaimed(None, held, ADDRESS, look(100, "one", **containers))
     assert not first.is_over
-    assert not unclaimed(first, held, ADDRESS, look(100 + HOLD_LOOKS_APART - 1, "one", **containers)).is_over
-    assert unclaimed(first, held, ADDRESS, look(101 + HOLD_LOOKS_APART, "one", **containers)).is_over == over
+    assert not unclaimed(first, held, ADDRESS, look(100 + APART - 1, "one", **containers)).is_over
+    assert unclaimed(first, held, ADDRESS, look(101 + APART, "one", **containers)).is_over == over
 
 
 looks = st.lists(
@@ -422,7 +422,7 @@ looks = st.lists(
 
 @given(looks)
 def test_only_one_engine_that_never_shows_it_ends_a_hold(steps: list[tuple[float, str, bool]]) -> None:
-    """Two looks of the first engine, HOLD_LOOKS_APART, and no look between them that shows the container or is another
+    """Two looks of the first engine, APART, and no look between them that shows the container or is another
     engine's."""
     at, found, absent_since = 0.0, None, None
     first = steps[0][1] if steps else ""
@@ -434,7 +434,7 @@ def test_only_one_engine_that_never_shows_it_ends_a_hold(steps: list[tuple[float
             absent_since = None
         elif absent_since is None:
             absent_since = at + 0.1
-        expected = before is not None and absent_since is not None and at - before >= HOLD_LOOKS_APART
+        expected = before is not None and absent_since is not None and at - before >= APART
         assert found.is_over == expected
         assert isinstance(found, Unclaimed)
 
