@@ -17,17 +17,27 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import NamedTuple
 
 from ipam_plugin import decisions
 from ipam_plugin.addresses import Address
 from ipam_plugin.decisions import Claim, Decision
-from ipam_plugin.errors import AddressTaken, IpamError, OutcomeUnknown, PoolExhausted, ProbeFailed, Refused
+from ipam_plugin.errors import (
+    AddressTaken,
+    EtcdUnavailable,
+    IpamError,
+    JournalFailed,
+    OutcomeUnknown,
+    PoolExhausted,
+    ProbeFailed,
+    Refused,
+)
 from ipam_plugin.etcd import Delete, Put
 from ipam_plugin.ledger import Ledger
 from ipam_plugin.model import CONFLICT, HELD, STANDBY, Container, Keys, Lease, Pool, encode, read_lease
 from ipam_plugin.neighbourhood import Look, Neighbourhood, Verdict
+from ipam_plugin.outage import Outage
 from ipam_plugin.view import Held, View
 
 log = logging.getLogger(__name__)
@@ -65,6 +75,7 @@ class Stock:
         self._in_hand: dict[str, str] = {}  # token -> PoolID
         self._looking: dict[str, Slot] = {}  # those in hand that are looked at ahead of need: a request may take one
         self._closing: set[str] = set()  # PoolIDs that are being released
+        self._journalled: set[str] = set()  # tokens of what was given, or released, and is not so in etcd yet
 
     def hold(self, token: str, pool: Pool) -> None:
         """Somebody works with the claim of this token."""
@@ -88,11 +99,20 @@ class Stock:
 
     def is_in_hand(self, token: str) -> bool:
         with self._lock:
-            return token in self._in_hand
+            return token in self._in_hand or token in self._journalled
 
     def knows(self, token: str) -> bool:
         with self._lock:
-            return token in self._ready or token in self._in_hand
+            return token in self._ready or token in self._in_hand or token in self._journalled
+
+    def journalled(self, tokens: Collection[str]) -> None:
+        """Standby in etcd, and a container's: nobody touches it until the journal is carried out."""
+        with self._lock:
+            self._journalled.update(tokens)
+
+    def settled(self, tokens: Collection[str]) -> None:
+        with self._lock:
+            self._journalled.difference_update(tokens)
 
     def put(self, slot: Slot) -> bool:
         """Ready to be taken; no longer in hand. False when its pool is being released: it has to go."""
@@ -216,6 +236,7 @@ class Claims:
         host: str,
         neighbourhood: Neighbourhood,
         stock: Stock,
+        outage: Outage,
         *,
         vendor_of: Callable[[str], str],
     ) -> None:
@@ -225,6 +246,7 @@ class Claims:
         self._host = host
         self._neighbourhood = neighbourhood
         self._stock = stock
+        self._outage = outage
         self._vendor_of = vendor_of
         self._lock = threading.Lock()
         self._wanting: dict[str, int] = {}  # `wanted` key -> requests of this host that wait for standby
@@ -233,6 +255,11 @@ class Claims:
         self.conflicts = 0  # written
         self.unproven = 0  # handed out although the look proved nothing
         self.on_shortage: Callable[[], None] = lambda: None  # a request waits for standby
+
+    @property
+    def etcd_is_away(self) -> bool:
+        """Whether there is no point in claiming anything now."""
+        return self._outage.lasts
 
     def asks_the_wire(self, pool: Pool) -> bool:
         return self._neighbourhood.is_asked(pool)
@@ -304,7 +331,10 @@ class Claims:
         )
 
     def hand_out(self, pool: Pool, slot: Slot, lease_of: Callable[[Lease, Claim], Decision], deadline: float) -> bool:
-        """One transaction makes a lease of the claim. False when the address was lost, or may not be given any more."""
+        """One transaction makes a lease of the claim; while etcd is away, an entry of the journal does.
+
+        False when the address was lost, or may not be given any more.
+        """
         try:
             given = self._convert(pool, slot, lease_of, deadline)
         except OutcomeUnknown:
@@ -336,13 +366,38 @@ class Claims:
             claim = self._ledger.claim(pool, slot.address)
             lease = lease_of(slot.held or Lease(kind=STANDBY, host=self._host, token=slot.token), claim)
             assert isinstance(lease, Lease)
-            commit = self._ledger.grant(claim, lease, slot.revision, settings, deadline)
+            try:
+                if self._outage.lasts:
+                    self._give_from_journal(pool, slot, lease)
+                    return True
+                commit = self._ledger.grant(
+                    claim, lease, slot.revision, settings, self._outage.patience(deadline), abandon=False
+                )
+            except (EtcdUnavailable, OutcomeUnknown) as error:
+                self._outage.noticed(error)
+                try:
+                    self._give_from_journal(pool, slot, lease)
+                except JournalFailed as failed:
+                    if isinstance(error, OutcomeUnknown):
+                        self._ledger.abandon(key, claim)
+                    raise type(error)(f"{error}; {failed}") from failed
+                return True
             if commit.applied:
                 return True
             there = commit.found[key]
             if there is None or read_lease(there.value).token != slot.token:
                 return False  # an operator took it
             slot = slot._replace(revision=there.revision)
+
+    def _give_from_journal(self, pool: Pool, slot: Slot, lease: Lease) -> None:
+        """It is this host's in etcd, and nobody else takes it from there. Raises JournalFailed."""
+        tokens = (slot.token, lease.token)
+        self._stock.journalled(tokens)
+        try:
+            self._outage.give(pool, slot.address, slot.token, lease)
+        except BaseException:
+            self._stock.settled(tokens)
+            raise
 
     def answering(self, pool: Pool, address: Address, deadline: float) -> Look:
         """Who answers for an address that is not going to be claimed."""

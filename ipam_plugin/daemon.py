@@ -36,11 +36,14 @@ from ipam_plugin.errors import ConfigError, NotServing, ProbeFailed
 from ipam_plugin.etcd import Etcd, EtcdSettings, Event, KeyValue
 from ipam_plugin.holds import Holds
 from ipam_plugin.host import Presence, StateDir, host_name
+from ipam_plugin.journal import Journal, Work
 from ipam_plugin.ledger import Ledger
 from ipam_plugin.metrics import Metrics
 from ipam_plugin.model import Keys
 from ipam_plugin.neighbourhood import Habits, Neighbourhood
+from ipam_plugin.outage import Outage
 from ipam_plugin.register import Register
+from ipam_plugin.retire import Retirer
 from ipam_plugin.standby import Keeper
 from ipam_plugin.vendors import vendor_of
 from ipam_plugin.view import Local, View
@@ -127,15 +130,23 @@ class Daemon:
             segments=self._segments,
             carried=carried,
             listens_with=lambda: self._neighbourhood.macs(),
+            on_silent=lambda error: self._outage.noticed(error),
             time_limit=5.0,
+            request_limit=config.deadline - ANSWER_MARGIN,
+            boot_wait=max(0.0, config.boot_wait - ANSWER_MARGIN),
         )
         self._ledger = Ledger(self._etcd, self._view, keys, name)
+        self._outage = Outage(
+            Journal(state.path / "journal"),
+            lambda deadline: self._ledger.read(keys.host(name), deadline),
+            alarm=self._presence.alarm,
+        )
         self._neighbourhood = Neighbourhood(
             self._view, name, lambda segment: habits(config, segment), interfaces, alarm=self._presence.alarm
         )
         self._stock = Stock()
         self._claims = Claims(
-            self._ledger, self._view, keys, name, self._neighbourhood, self._stock, vendor_of=vendor_of
+            self._ledger, self._view, keys, name, self._neighbourhood, self._stock, self._outage, vendor_of=vendor_of
         )
         self._keeper = Keeper(
             self._claims,
@@ -147,18 +158,31 @@ class Daemon:
             self._neighbourhood,
             alarm=self._presence.alarm,
         )
-        self._holds = Holds(self._ledger, self._view, name)
+        self._holds = Holds(self._ledger, self._view, name, self._outage.is_waiting)
         self._register = Register(
             self._ledger,
             self._claims,
             self._view,
             keys,
             name,
+            outage=self._outage,
             default_segment=config.segment,
             segments=self._segments,
             carried=carried,
             alarm=self._presence.alarm,
             on_given=self._keeper.given,
+        )
+        self._retirer = Retirer(
+            self._etcd,
+            self._ledger,
+            self._view,
+            keys,
+            name,
+            self._neighbourhood,
+            segments=self._segments,
+            serving=lambda: self._presence.is_serving,
+            after=config.retire_after,
+            alarm=self._presence.alarm,
         )
         self._metrics = Metrics()
         self._metrics.ask(
@@ -172,6 +196,7 @@ class Daemon:
             conflicts=lambda: self._claims.conflicts,
             unproven=lambda: self._claims.unproven,
             wires=self._neighbourhood.states,
+            outage=self._outage,
         )
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -183,12 +208,7 @@ class Daemon:
         return {self._config.segment, *self._config.segments, *self._view.segments_of(self._presence.name)}
 
     def app(self) -> flask.Flask:
-        return create_app(
-            self._register,
-            self._presence.serving,
-            time_limit=self._config.deadline - ANSWER_MARGIN,
-            metrics=self._metrics,
-        )
+        return create_app(self._register, self._presence.admit, metrics=self._metrics)
 
     def start(self) -> None:
         log.info("ipam-plugin %s starts as host %s", __version__, self._presence.name)
@@ -199,10 +219,13 @@ class Daemon:
                 require_capability()
             except ProbeFailed as error:
                 self._presence.alarm("cannot_probe", f"{error}; what follows says probe_failure in the configuration")
+        for work in self._outage.work():  # of an earlier run
+            self._stock.journalled(work.tokens)
         self._neighbourhood.on_heard = self._keeper.heard
         self._neighbourhood.on_opened = self._presence.changed
         self._claims.on_shortage = self._keeper.wake
         self._view.on_wanted = self._wanted
+        self._view.on_orders = self._retirer.wake
         self._view.on_pools = self._pools_changed
         self._view.on_went_back = lambda before, now: self._presence.alarm(
             "etcd_went_back",
@@ -215,12 +238,18 @@ class Daemon:
         self._run("watch", self._watch)
         self._run("presence", lambda: self._presence.run(self._register, self._stop))
         self._run("orphans", lambda: self._ledger.free_orphans(self._stop))
+        self._run("journal", self._carry_out_journal)
         self._run("keeper", lambda: self._once_serving(lambda: self._keeper.run(self._stop)))
         self._run("holds", lambda: self._once_serving(lambda: self._holds.run(self._stop)))
+        self._run("retirer", lambda: self._retirer.run(self._stop))
         self._run("ready", self._report_ready)
         self._watcher = interfaces.Watcher(self._interfaces_changed)
         self._watcher.start()
         self._stop_metrics = self._metrics.listen(self._config.metrics.listen)
+
+    def stopping(self) -> None:
+        """No request is taken any more; those that are here are answered within their deadline, before `stop`."""
+        self._presence.stopping()
 
     def stop(self) -> None:
         """End everything in order; what is running has been answered before."""
@@ -228,6 +257,8 @@ class Daemon:
         self._stop.set()
         self._presence.changed()
         self._keeper.close()
+        self._retirer.close()
+        self._outage.wake()
         self._holds.wake()
         self._ledger.stop_freeing_orphans()
         if self._watcher is not None:
@@ -237,6 +268,7 @@ class Daemon:
         self._presence.leave()
         for thread in self._threads:
             thread.join(3)
+        self._outage.close()
         self._etcd.close()
         if self._embedded is not None:
             self._embedded.stop()
@@ -276,6 +308,12 @@ class Daemon:
                 continue
             return work()
 
+    def _carry_out_journal(self) -> None:
+        def done(work: Work) -> None:
+            self._stock.settled(work.tokens)
+
+        self._once_serving(lambda: self._outage.run(self._register.settle, self._stop, done))
+
     def _watch(self) -> None:
         def reset(values: list[KeyValue], revision: int) -> None:
             self._view.reset(((each.key, each.value, each.revision) for each in values), revision)
@@ -304,7 +342,7 @@ class Daemon:
                     return notify("READY=1")
 
 
-NOT_YET = ("boot_wait", "retire_after", "docker")
+NOT_YET = ("docker",)
 
 
 def not_carried_out(config: Config) -> list[str]:
@@ -428,6 +466,10 @@ class _Worker(gunicorn.workers.gthread.ThreadWorker):  # type: ignore[misc]  # g
         else:
             super().finish_request(conn, fs)
 
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self.app.stopping()
+        super().handle_exit(sig, frame)
+
 
 class _Server(gunicorn.app.base.BaseApplication):  # type: ignore[misc]  # gunicorn ships no types
     def __init__(
@@ -450,6 +492,7 @@ class _Server(gunicorn.app.base.BaseApplication):  # type: ignore[misc]  # gunic
             # A kept connection that the server closes just as dockerd writes on it makes dockerd send the request
             # again, empty (moby#39331).
             "keepalive": 0,
+            # Of the worker's main thread, which never waits; a request may take boot_wait and its deadline.
             "timeout": 60,
             "graceful_timeout": int(self._config.deadline) + 1,
             "control_socket_disable": True,
@@ -483,6 +526,10 @@ class _Server(gunicorn.app.base.BaseApplication):  # type: ignore[misc]  # gunic
             log.error("%s", error)
             sys.exit(gunicorn.arbiter.Arbiter.APP_LOAD_ERROR)
         return self._daemon.app()
+
+    def stopping(self) -> None:
+        if self._daemon is not None:
+            self._daemon.stopping()
 
     def _worker_exit(self, arbiter: Any, worker: Any) -> None:
         if self._daemon is not None:

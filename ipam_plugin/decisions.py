@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 import msgspec
@@ -269,6 +269,33 @@ def give_back(
             )  # fmt: skip
         return FREE
     return KEEP
+
+
+def settle_given(lease: Lease | None, claim: Claim, given: Lease, tokens: frozenset[str]) -> Decision:
+    """An address that was given while etcd was away: from standby, or from its own release (`tokens`).
+
+    Free by an operator's word meanwhile, it is still in use here. Raises AddressTaken, when it is another's by now.
+    """
+    if lease is None:
+        return given
+    if lease.host == claim.host and lease.token == given.token:
+        return KEEP
+    if lease.host == claim.host and lease.token in tokens:
+        return given
+    _taken(claim, lease)
+
+
+def settle_released(
+    lease: Lease | None, claim: Claim, tokens: frozenset[str], release: Callable[[Lease, Claim, str], Decision]
+) -> Decision:
+    """An address that was released while etcd was away, and perhaps given from standby before that. `release` is what
+    a release becomes while etcd is there (`give_back`).
+    """
+    if lease is None or lease.token not in tokens:
+        return KEEP
+    if lease.kind == STANDBY:
+        return FREE if lease.host == claim.host else KEEP
+    return release(lease, claim, lease.token)
 
 
 def is_held_for(lease: Lease, pool: Pool, mac: str, container: Container | None) -> bool:

@@ -49,6 +49,10 @@ class ProbeFailed(IpamError):
     """Whether the wire uses an address could not be found out (rights, interface); policy decides what follows."""
 
 
+class JournalFailed(IpamError):
+    """What happened while etcd was away cannot be kept on disk, so nobody may be told that it happened."""
+
+
 class DockerUnavailable(IpamError):
     """dockerd did not say, or not completely, what it has; nothing follows from that."""
 

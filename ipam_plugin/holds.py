@@ -30,13 +30,22 @@ PATIENCE = 5.0  # seconds for one change in etcd
 class Holds:
     """What this host keeps for containers that stopped. Any method may be called from any thread.
 
-    `now` is in seconds since the epoch: the end of a hold outlives the daemon, so it is a time of the wall clock.
+    `is_waiting(segment, address)` tells what the journal has given already, and etcd does not know yet. `now` is in
+    seconds since the epoch: the end of a hold outlives the daemon, so it is a time of the wall clock.
     """
 
-    def __init__(self, ledger: Ledger, view: View, host: str, now: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        view: View,
+        host: str,
+        is_waiting: Callable[[str, Address], bool],
+        now: Callable[[], float] = time.time,
+    ) -> None:
         self._ledger = ledger
         self._view = view
         self._host = host
+        self._is_waiting = is_waiting
         self._now = now
         self._wake = threading.Event()
         self._lock = threading.Lock()  # for the next
@@ -98,6 +107,8 @@ class Holds:
             self._end(each, "container removed")
 
     def _end(self, held: Held, why: str) -> None:
+        if self._is_waiting(held.segment, held.address):
+            return
         claim = self._ledger.claim(Pool(held.segment, ipaddress.ip_network(held.address)), held.address)
         decide = functools.partial(decisions.end_hold, token=held.lease.token)
         try:

@@ -40,6 +40,8 @@ from ipam_plugin.view import Entry, Full, Settings, View
 
 log = logging.getLogger(__name__)
 
+READ_AT_ONCE = 100  # keys in one question; etcd takes 128
+
 
 class Transactions(Protocol):
     """What the ledger needs of etcd. etcd.Etcd has it, and so has the fake of the tests."""
@@ -53,10 +55,9 @@ class Transactions(Protocol):
 
 
 class _Abandoned(NamedTuple):
-    """A lease that is still in etcd, or may appear there, though its grant was refused or its release was asked for."""
+    """A lease that may appear in etcd though its grant was refused, or though it was freed."""
 
     claim: Claim
-    decide: Callable[[Lease | None, Claim], Decision]  # what has to become of it
     end: float  # when it can be forgotten, monotonic seconds
 
 
@@ -120,7 +121,8 @@ class Ledger:
             if decision is FREE:
                 assert current is not None
                 assert lease is not None
-                commit = self._free(claim, current, lease, found.get(past_key), why, unchanged, deadline)
+                place = (claim.pool.segment, claim.address)
+                commit = self.free(place, current, lease, found.get(past_key), why, unchanged, deadline)
                 if commit.applied or commit.found[key] is None:
                     self._expect_stuck_grant(claim, lease)
                     return True
@@ -163,8 +165,12 @@ class Ledger:
         deadline: float,
         unchanged: Mapping[str, int] | None = None,
         purpose: str = "grant",
+        abandon: bool = True,
     ) -> Commit:
-        """One transaction: the lease as it was read, and the segment's settings as they were read."""
+        """One transaction: the lease as it was read, and the segment's settings as they were read.
+
+        `abandon`: where its outcome is not known nobody has it, so it goes when it appears.
+        """
         key = self._keys.lease(claim.pool.segment, claim.address)
         expect = {key: revision, self._keys.segment(claim.pool.segment): settings.revision, **(unchanged or {})}
         # An orphan is what was granted for a request and is not there anyway: not one holder more or less in a
@@ -176,7 +182,7 @@ class Ledger:
         try:
             commit = self.write(purpose, expect, [Put(key, encode(lease))], deadline, proof=key)
         except OutcomeUnknown:
-            if may_be_orphan:
+            if may_be_orphan and abandon:
                 self.abandon(key, claim)
             raise
         there = commit.found.get(key)
@@ -188,18 +194,22 @@ class Ledger:
             self.abandon(key, claim)
         return commit
 
-    def _free(
+    def free(
         self,
-        claim: Claim,
+        place: tuple[str, Address],
         current: KeyValue,
         lease: Lease,
         past: KeyValue | None,
         why: str,
         unchanged: Mapping[str, int],
         deadline: float,
+        also: Sequence[Put] = (),
     ) -> Commit:
-        """Delete the lease at the revision that was read, and remember its holder, in one transaction."""
-        return self._end(claim, current, lease, Delete(current.key), past, why, unchanged, deadline)
+        """Delete the lease at the revision that was read, and remember its holder, in one transaction.
+
+        `place` is its segment and address, `past` its history as it was read; `also` is written with it.
+        """
+        return self._end(place, current, lease, [Delete(current.key), *also], past, why, unchanged, deadline)
 
     def _hold(
         self,
@@ -212,35 +222,35 @@ class Ledger:
         deadline: float,
     ) -> Commit:
         """Its container stopped, so the history has it: the address is silent from now on, and its MAC is known."""
-        why = f"stopped, held until {held.until}"
-        return self._end(claim, current, lease, Put(current.key, encode(held)), past, why, unchanged, deadline)
+        place, why = (claim.pool.segment, claim.address), f"stopped, held until {held.until}"
+        return self._end(place, current, lease, [Put(current.key, encode(held))], past, why, unchanged, deadline)
 
     def _expect_stuck_grant(self, claim: Claim, ended: Lease) -> None:
         """A try of its grant that got stuck may come through yet, as soon as the key is free."""
         if ended.kind == ENDPOINT and ended.token:
             claim = claim._replace(token=ended.token)
-            self._abandoned[ended.token] = _Abandoned(claim, decisions.without_orphan, _in_an_hour())
+            self._abandoned[ended.token] = _Abandoned(claim, _in_an_hour())
 
     def _end(
         self,
-        claim: Claim,
+        place: tuple[str, Address],
         current: KeyValue,
         lease: Lease,
-        write: Put | Delete,
+        writes: Sequence[Put | Delete],
         past: KeyValue | None,
         why: str,
         unchanged: Mapping[str, int],
         deadline: float,
     ) -> Commit:
         history = remember(_history(past), lease, why, datetime.datetime.now(datetime.UTC))
-        past_key = self._keys.past(claim.pool.segment, claim.address)
+        past_key = self._keys.past(*place)
         return self.write(
             "free",
             {current.key: current.revision, past_key: past.revision if past else 0, **unchanged},
             # In this order the view knows that the address rests before it sees it free.
-            [Put(past_key, encode(history)), write],
+            [Put(past_key, encode(history)), *writes],
             deadline,
-            proof=current.key if isinstance(write, Put) else None,
+            proof=current.key if isinstance(writes[0], Put) else None,
         )
 
     def write(
@@ -266,6 +276,13 @@ class Ledger:
         """A key that vanishes by itself: never one that says an address is taken (design section 4). Its revision."""
         lease = self._etcd.grant_ttl(seconds, deadline=deadline)
         return self._etcd.commit({}, [Put(key, value, lease)], deadline=deadline).revision
+
+    def read_many(self, keys: Sequence[str], deadline: float) -> dict[str, KeyValue | None]:
+        """However many they are; each READ_AT_ONCE of them as they were at one moment."""
+        found: dict[str, KeyValue | None] = {}
+        for first in range(0, len(keys), READ_AT_ONCE):
+            found.update(self._etcd.get_many(keys[first : first + READ_AT_ONCE], deadline=deadline)[0])
+        return found
 
     def read(self, key: str, deadline: float) -> KeyValue | None:
         found, _ = self._etcd.get_many([key], deadline=deadline)
@@ -337,19 +354,15 @@ class Ledger:
             if commit.applied:
                 return commit.revision
 
-    # ---------------------------------- grants whose outcome is not known, releases that did not reach etcd
+    # ------------------------------------------------------------------ grants whose outcome is not known
 
     def is_abandoned(self, token: str) -> bool:
-        """Whether the lease with this token was given back, or never handed out: only etcd does not know yet."""
+        """Whether the lease with this token was never handed out, or freed: only etcd may not know it yet."""
         return token in self._abandoned
 
-    def abandon(
-        self, key: str, claim: Claim, decide: Callable[[Lease | None, Claim], Decision] = decisions.without_orphan
-    ) -> None:
-        """A lease that has to go, and is in etcd or may appear there yet: it goes when it is seen (P4)."""
-        # A release is tried until it is done; a grant that nobody answered for cannot appear for ever.
-        end = _in_an_hour() if decide is decisions.without_orphan else float("inf")
-        self._abandoned[claim.token] = _Abandoned(claim, decide, end)
+    def abandon(self, key: str, claim: Claim) -> None:
+        """A lease that nobody has, and that is in etcd or may appear there yet: it goes when it is seen (P4)."""
+        self._abandoned[claim.token] = _Abandoned(claim, _in_an_hour())
         log.warning("%s may stand in etcd though nobody has it; it is taken back as soon as that can be done", key)
         self._orphans.put((key, Entry("", self._host, claim.token, 0)))
 
@@ -376,12 +389,6 @@ class Ledger:
     def stop_freeing_orphans(self) -> None:
         self._orphans.put(None)
 
-    def _forget_release(self, token: str) -> None:
-        """It is done, and from now on like any ended grant's: a stuck try may bring it back, for a while."""
-        known = self._abandoned.get(token)
-        if known is not None and known.end == float("inf"):
-            self._abandoned[token] = known._replace(decide=decisions.without_orphan, end=_in_an_hour())
-
     def _free_orphan(self, key: str, entry: Entry) -> bool:
         """Whether nothing is left to do for now."""
         abandoned = self._abandoned.get(entry.token)
@@ -391,16 +398,14 @@ class Ledger:
             found = self.read(key, time.monotonic() + 5)
             lease = read_lease(found.value) if found else None
             if found is None or lease is None or lease.token != entry.token:
-                self._forget_release(entry.token)
                 return True
-            rest = abandoned.decide(lease, abandoned.claim)
+            rest = decisions.without_orphan(lease, abandoned.claim)
             write = Delete(key) if rest is FREE else Put(key, encode(rest)) if isinstance(rest, Lease) else None
             if write and not self.write("orphan", {key: found.revision}, [write], time.monotonic() + 5).applied:
                 return False
             if rest is not FREE:
                 # Others have joined it and keep its token, which is no orphan's from now on.
                 self._abandoned.pop(entry.token, None)
-            self._forget_release(entry.token)
         except IpamError as error:
             log.info("the abandoned lease %s is not taken back yet: %s", key, error)
             return False

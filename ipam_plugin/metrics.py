@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -14,6 +15,19 @@ from ipam_plugin import __version__
 log = logging.getLogger(__name__)
 
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 15, 30)
+
+
+class Outage(Protocol):
+    """What is asked of outage.py."""
+
+    @property
+    def lasts(self) -> bool: ...
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def given(self) -> int: ...
+    @property
+    def released(self) -> int: ...
 
 
 class Metrics:
@@ -56,6 +70,7 @@ class Metrics:
         conflicts: Callable[[], int],
         unproven: Callable[[], int],
         wires: Callable[[], Mapping[str, tuple[bool, int, int]]],
+        outage: Outage,
     ) -> None:
         """Where to look when somebody asks: what the daemon knows anyway is not counted twice."""
 
@@ -99,6 +114,7 @@ class Metrics:
                     value=unproven(),
                 )
                 yield from _of_wires(wires())
+                yield from _of_outage(outage)
 
         self.registry.register(Asked())
 
@@ -119,6 +135,19 @@ class Metrics:
             thread.join(2)
 
         return stop
+
+
+def _of_outage(outage: Outage) -> Iterable[Metric]:
+    yield GaugeMetricFamily("ipam_plugin_etcd_away", "1 while etcd does not answer", value=float(outage.lasts))
+    yield GaugeMetricFamily(
+        "ipam_plugin_journal_entries", "What was given and released, and is not in etcd yet", value=outage.waiting
+    )
+    written = CounterMetricFamily(
+        "ipam_plugin_journalled", "Addresses given and released while etcd was away", labels=["what"]
+    )
+    written.add_metric(["given"], outage.given)
+    written.add_metric(["released"], outage.released)
+    yield written
 
 
 def _of_wires(wires: Mapping[str, tuple[bool, int, int]]) -> Iterable[Metric]:

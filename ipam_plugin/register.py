@@ -21,12 +21,14 @@ from ipam_plugin.decisions import Claim, Decision, InterfaceAddress
 from ipam_plugin.errors import (
     AddressTaken,
     BadRequest,
+    EtcdRefused,
     EtcdUnavailable,
     OutcomeUnknown,
     PoolExhausted,
     Refused,
 )
 from ipam_plugin.etcd import Delete, KeyValue, Put
+from ipam_plugin.journal import Work
 from ipam_plugin.ledger import Ledger, timestamp
 from ipam_plugin.model import (
     ENDPOINT,
@@ -43,6 +45,7 @@ from ipam_plugin.model import (
     read_lease,
 )
 from ipam_plugin.neighbourhood import Verdict
+from ipam_plugin.outage import Outage
 from ipam_plugin.protocol import (
     Purpose,
     ReleaseAddress,
@@ -83,6 +86,7 @@ class Register:
         keys: Keys,
         host: str,
         *,
+        outage: Outage,
         default_segment: str,
         segments: Callable[[], Collection[str]],
         carried: Callable[[float], Sequence[InterfaceAddress]],
@@ -94,6 +98,7 @@ class Register:
         self._view = view
         self._keys = keys
         self._host = host
+        self._outage = outage
         self._default_segment = default_segment
         self._segments = segments
         self._carried = carried
@@ -126,6 +131,18 @@ class Register:
         pool = self._pool_to_release(request.PoolID)
         if pool is None:
             return
+        known = self._view.pool_use(pool.id, self._host)
+        if not self._outage.lasts:
+            try:
+                return self._leave_pool(pool, self._outage.patience(deadline) if known else deadline)
+            except (EtcdUnavailable, EtcdRefused, OutcomeUnknown) as error:
+                self._outage.noticed(error)
+                if known is None:
+                    raise
+        if known is not None:
+            self._outage.leave(pool, known.token)
+
+    def _leave_pool(self, pool: Pool, deadline: float) -> None:
         key = self._keys.pool(pool, self._host)
         while True:
             found = self._ledger.read(key, deadline)
@@ -178,25 +195,72 @@ class Register:
         address = address_of(request.Address)
         if pool is None or address not in pool.subnet:
             return
-        known = self._view.entry(pool.segment, address)
-        if known is None:
+        waiting = self._outage.of(pool.segment, address)
+        if waiting is not None:
+            if waiting.what == "given" and waiting.lease is not None:
+                self._outage.release(pool, address, waiting.lease.token)
             return
-        decide = functools.partial(
+        known = self._view.entry(pool.segment, address)
+        if known is None or not (known.host == self._host or known.kind == ROUTER):
+            return
+        sent = False
+        if not self._outage.lasts:
+            decide = self._release_of(pool, address, known.token, deadline)
+            try:
+                self._ledger.change(
+                    self._ledger.claim(pool, address), decide, self._outage.patience(deadline), why="released"
+                )
+                return
+            except (EtcdUnavailable, EtcdRefused) as error:
+                self._outage.noticed(error)
+            except OutcomeUnknown as error:
+                self._outage.noticed(error)
+                if known.kind != ENDPOINT:
+                    raise  # it may have taken a holder out already; what is left goes with the pool
+                sent = True
+        # Docker never repeats a release.
+        self._outage.release(pool, address, known.token, sent=sent)
+
+    def _release_of(
+        self, pool: Pool, address: Address, token: str, deadline: float
+    ) -> Callable[[Lease | None, Claim], Decision]:
+        return functools.partial(
             decisions.give_back,
-            token=known.token,
+            token=token,
             carried=self._is_carried(address, deadline),
             kept_router=self._is_router(pool, address),
             hold=self._view.hold(pool),
         )
-        claim = self._ledger.claim(pool, address)
-        try:
-            self._ledger.change(claim, decide, deadline, why="released")
-        except (EtcdUnavailable, OutcomeUnknown) as error:
-            # Docker never repeats a release: it is tried again for as long as this process lives. Not one that may
-            # have taken a holder out already.
-            if known.token and (known.kind == ENDPOINT or isinstance(error, EtcdUnavailable)):
-                self._ledger.abandon(self._keys.lease(pool.segment, address), claim._replace(token=known.token), decide)
-            raise
+
+    def settle(self, work: Work, deadline: float) -> None:
+        """Write to etcd what was done while it was away (outage.py). Repeated, it changes nothing."""
+        pool = Pool.parse(work.pool)
+        if work.what == "left":
+            use = _pool_use(self._ledger.read(self._keys.pool(pool, self._host), deadline))
+            if use is not None and use.token in work.tokens:
+                self._leave_pool(pool, deadline)
+            return
+        assert work.address is not None
+        claim = self._ledger.claim(pool, work.address)
+        if work.what == "given":
+            assert work.lease is not None
+            decide = functools.partial(decisions.settle_given, given=work.lease, tokens=work.tokens)
+            try:
+                self._ledger.change(claim, decide, deadline)
+            except AddressTaken as error:
+                name = work.lease.container.name if work.lease.container else f"with MAC {work.lease.mac}"
+                self._alarm(
+                    "address_lost",
+                    f"a container of host {self._host} ({name}) was given {work.address} while etcd was away, and"
+                    f" {error}. Remove that container, or move it to another address",
+                )
+        elif work.trusted:
+
+            def release(lease: Lease, claim: Claim, token: str) -> Decision:
+                return self._release_of(pool, claim.address, token, deadline)(lease, claim)
+
+            decide = functools.partial(decisions.settle_released, tokens=work.tokens, release=release)
+            self._ledger.change(claim, decide, deadline, why="released while etcd was away")
 
     def engine_asked_capabilities(self) -> None:
         """dockerd has them again, so a request without a MAC will not come any more."""
@@ -312,6 +376,16 @@ class Register:
     ) -> Address:
         """`--ip`: outside the range, but not outside the subnet."""
 
+        known = self._is_known(mac, container)
+
+        def given_again() -> Lease:
+            self._refuse_forbidden(pool, address)
+            claim = self._ledger.claim(pool, address)
+            return _lease(decisions.grant_endpoint(None, claim, mac, container, fixed=True, known=known))
+
+        if self._outage.take_back(pool, address, given_again, deadline) is not None:
+            self._on_given(pool, address, mac)
+            return address
         self._claims.ask_for(pool, address, deadline)
 
         def allowed(lease: Lease | None) -> Lease | None:
@@ -319,8 +393,6 @@ class Register:
             if lease and lease.kind == ENDPOINT and self._ledger.is_abandoned(lease.token):
                 return None  # it was given back, or never handed out: only etcd does not know yet
             return lease
-
-        known = self._is_known(mac, container)
 
         def grant(lease: Lease | None, claim: Claim) -> Decision:
             return decisions.grant_endpoint(allowed(lease), claim, mac, container, fixed=True, known=known)
@@ -356,18 +428,24 @@ class Register:
         def grant(lease: Lease | None, claim: Claim) -> Lease:
             return _lease(decisions.grant_endpoint(lease, claim, mac, container, known=known))
 
-        slot = self._claims.returning(pool, mac, container, deadline) if known else None
-        while slot is None or not self._claims.hand_out(pool, slot, grant, deadline):
-            if self._claims.asks_the_wire(pool):
-                slot = self._claims.silent(pool, deadline)
-                continue
-            try:
-                address = self._ledger.grant_next(pool, functools.partial(grant, None), deadline).claim.address
-                break
-            except PoolExhausted as full:
-                slot = self._claims.make_room(pool, full, deadline)
-        else:
-            address = slot.address
+        try:
+            slot = self._claims.returning(pool, mac, container, deadline) if known else None
+            while slot is None or not self._claims.hand_out(pool, slot, grant, deadline):
+                if self._claims.asks_the_wire(pool):
+                    slot = self._claims.silent(pool, deadline)
+                    continue
+                try:
+                    address = self._ledger.grant_next(pool, functools.partial(grant, None), deadline).claim.address
+                    break
+                except PoolExhausted as full:
+                    slot = self._claims.make_room(pool, full, deadline)
+            else:
+                address = slot.address
+        except EtcdUnavailable as error:
+            raise EtcdUnavailable(
+                f"pool {pool}: {error}, and of the addresses that host {self._host} had in standby for such a time"
+                " none is left"
+            ) from error
         self._on_given(pool, address, mac)
         return address
 

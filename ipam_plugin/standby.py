@@ -156,11 +156,12 @@ class Keeper:
                 self._tell_of_missing_interfaces(pools)
             for pool in pools:
                 self._tend(pool)
-            for slot in self._stock.all():
-                if slot.pool not in pools:
-                    self._give_back(slot)
-            self._adopt()
-            self._end_probations()
+            if not self._claims.etcd_is_away:
+                for slot in self._stock.all():
+                    if slot.pool not in pools:
+                        self._give_back(slot)
+                self._adopt()
+                self._end_probations()
             self._view.wake_rested()
             if self._welcomed + PERIOD <= time.monotonic():
                 self._welcomed = time.monotonic()
@@ -250,6 +251,9 @@ class Keeper:
         return usual if fill <= FULL_ENOUGH else 0
 
     def _tend(self, pool: Pool) -> None:
+        if self._claims.etcd_is_away:
+            # What is there must last, and must stay fresh.
+            return self._keep_fresh(self._stock.of(pool.id))
         goal = self._goal(pool)
         ready = [slot for slot in self._stock.of(pool.id) if not self._is_lost(slot)]
         for slot in ready:
@@ -260,10 +264,7 @@ class Keeper:
         self._give_back_looking(pool)
         for slot in ready[goal:]:
             self._give_back(slot)
-        now = time.monotonic()
-        for slot in ready[:goal]:
-            if slot.looked + (UNPROVEN_AGAIN if slot.unproven else LOOK_AGAIN) < now:
-                self._later(pool.segment, slot.address, functools.partial(self._look_again, slot))
+        self._keep_fresh(ready[:goal])
         with self._lock:
             if self._pause.get(pool.id, 0.0) > time.monotonic():
                 return
@@ -274,6 +275,12 @@ class Keeper:
             self._filling[pool.id] = filling + missing
         for _ in range(missing):
             self._submit(self._looks, functools.partial(self._fill, pool))
+
+    def _keep_fresh(self, ready: Sequence[Slot]) -> None:
+        now = time.monotonic()
+        for slot in ready:
+            if slot.looked + (UNPROVEN_AGAIN if slot.unproven else LOOK_AGAIN) < now:
+                self._later(slot.pool.segment, slot.address, functools.partial(self._look_again, slot))
 
     def _left_over(self, pool: Pool) -> int:
         """Own standby in the pool's range that the stock does not know."""

@@ -264,6 +264,8 @@ class View:
         self._ended_macs: OrderedDict[str, float] = OrderedDict()  # MACs of leases that ended -> when, since the epoch
         self._alive: dict[str, int] = {}  # host -> revision
         self._wanted: dict[str, tuple[int, str, str]] = {}  # key -> (revision, PoolID, host)
+        self._orders: dict[str, int] = {}  # hosts that are to be retired -> revision of the order
+        self._lost: set[str] = set()  # hosts that lost something while they were away
         self._history: OrderedDict[str, int] = OrderedDict()  # keys -> revision, in the order of the revisions
         self._generation = 0  # of hosts and hand-written ranges: what is forbidden is worked out anew
         self._pools: dict[str, dict[str, tuple[int, PoolUse]]] = {}  # PoolID -> host -> use
@@ -276,6 +278,7 @@ class View:
         self.on_lease: Callable[[str, Entry], None] = lambda key, entry: None
         self.on_pools: Callable[[], None] = lambda: None
         self.on_wanted: Callable[[], None] = lambda: None
+        self.on_orders: Callable[[], None] = lambda: None
         self.on_went_back: Callable[[int, int], None] = lambda before, now: None
 
     # ------------------------------------------------------------------------------------ being fed
@@ -303,7 +306,8 @@ class View:
             self._segments, self._hosts, self._pools, self._forbidden = {}, {}, {}, {}
             self._unreadable_hosts.clear()
             self._history.clear()
-            self._alive, self._wanted = {}, {}
+            self._alive, self._wanted, self._orders = {}, {}, {}
+            self._lost.clear()
             for (name, version), numbers in pending.items():
                 self._segment(name).families[version].pending = numbers
             for key, value, key_revision in values:
@@ -321,11 +325,12 @@ class View:
 
     def apply(self, events: Iterable[tuple[str, bytes | None, int]], revision: int) -> None:
         """Changes in the order of their revisions, as (key, value or None when deleted, revision)."""
-        pools = wanted = False
+        pools = wanted = orders = False
         with self._changed:
             for key, value, key_revision in events:
                 pools |= key.startswith(self._keys.pools)
                 wanted |= key.startswith(self._keys.wanted)
+                orders |= key.startswith((self._keys.retiring, self._keys.gone))
                 self._apply(key, value, key_revision)
                 if key.startswith(self._keys.hosts):
                     self._read_hosts()
@@ -335,6 +340,8 @@ class View:
             self.on_pools()
         if wanted:
             self.on_wanted()
+        if orders:
+            self.on_orders()
 
     def learn(self, key: str, value: bytes | None, revision: int) -> None:
         """What a transaction of this daemon wrote or found. The watch will say it again.
@@ -366,6 +373,14 @@ class View:
                 self._alive.pop(name, None)
             else:
                 self._alive[name] = revision
+        elif key.startswith(keys.retiring):
+            name = key.removeprefix(keys.retiring)
+            if value is None:
+                self._orders.pop(name, None)
+            elif "/" not in name:  # how far it got stands below it
+                self._orders[name] = revision
+        elif key.startswith(keys.gone):
+            (self._lost.discard if value is None else self._lost.add)(key.removeprefix(keys.gone))
         elif key.startswith(keys.wanted):
             pool_id, _, host = key.removeprefix(keys.wanted).rpartition("/")
             if value is None:
@@ -617,6 +632,12 @@ class View:
         with self._changed:
             return host in self._pools.get(pool_id, {})
 
+    def pool_use(self, pool_id: str, host: str) -> PoolUse | None:
+        """How a host uses a pool."""
+        with self._changed:
+            known = self._pools.get(pool_id, {}).get(host)
+            return known[1] if known else None
+
     def pools_of(self, host: str) -> list[str]:
         """The PoolIDs that a host uses."""
         with self._changed:
@@ -836,6 +857,20 @@ class View:
 
     def is_alive(self, host: str) -> bool:
         return host in self._alive
+
+    def absent_hosts(self) -> dict[str, Host]:
+        """The registered hosts without a heartbeat."""
+        with self._changed:
+            return {name: record for name, (_, record) in self._hosts.items() if name not in self._alive}
+
+    def orders(self) -> dict[str, int]:
+        """The hosts that are to be retired, with the revision of the order."""
+        with self._changed:
+            return dict(self._orders)
+
+    def has_lost(self, host: str) -> bool:
+        """Whether the host was retired and has not been told what it lost."""
+        return host in self._lost
 
     def wait_for(self, revision: int, deadline: float) -> bool:
         """Until the view has everything up to the revision. False when the deadline (monotonic seconds) passes."""

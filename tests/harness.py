@@ -11,9 +11,11 @@ from __future__ import annotations
 import ipaddress
 import itertools
 import json
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -24,12 +26,15 @@ from ipam_plugin.claims import Claims, Stock
 from ipam_plugin.etcd import Delete, Put
 from ipam_plugin.holds import Holds
 from ipam_plugin.interfaces import InterfaceAddress, Link
+from ipam_plugin.journal import Journal
 from ipam_plugin.ledger import Ledger
 from ipam_plugin.metrics import Metrics
 from ipam_plugin.model import Keys, Lease, decode
 from ipam_plugin.neighbourhood import Habits, Neighbourhood
+from ipam_plugin.outage import Outage
 from ipam_plugin.packets import How
 from ipam_plugin.register import Register
+from ipam_plugin.retire import Retirer
 from ipam_plugin.standby import Keeper
 from ipam_plugin.view import Local, View
 from ipam_plugin.wire import Failed, InUse, Outcome, Sighting, Silent, Times, Wire
@@ -191,6 +196,8 @@ class Host:
         time_limit: float = PATIENCE,
         habits: Habits = NOT_ASKED,
         wire: FakeLan | None = None,
+        journal: Path | None = None,
+        retire_after: float | None = None,
     ) -> None:
         self.etcd = etcd
         self.name = name
@@ -208,8 +215,17 @@ class Host:
             open_wire=(wire or FakeLan()).open,
         )
         self.stock = Stock()
+        self._directory = tempfile.TemporaryDirectory()
+        self.journal = Journal(journal or Path(self._directory.name) / "journal")
+        self.outage = Outage(
+            self.journal,
+            lambda deadline: etcd.get(KEYS.host(name), deadline=deadline),
+            alarm=lambda kind, text: self.alarms.append((kind, text)),
+        )
+        for work in self.outage.work():
+            self.stock.journalled(work.tokens)
         self.claims = Claims(
-            self.ledger, self.view, KEYS, name, self.neighbourhood, self.stock, vendor_of=lambda mac: ""
+            self.ledger, self.view, KEYS, name, self.neighbourhood, self.stock, self.outage, vendor_of=lambda mac: ""
         )
         self.keeper = Keeper(
             self.claims,
@@ -221,7 +237,7 @@ class Host:
             self.neighbourhood,
             alarm=lambda kind, text: self.alarms.append((kind, text)),
         )
-        self.holds = Holds(self.ledger, self.view, name, now=lambda: time.time() + self.ahead)
+        self.holds = Holds(self.ledger, self.view, name, self.outage.is_waiting, now=lambda: time.time() + self.ahead)
         self.neighbourhood.on_heard = self.keeper.heard
         self.claims.on_shortage = self.keeper.wake
         self.view.on_wanted = self._wanted
@@ -232,22 +248,40 @@ class Host:
             self.view,
             KEYS,
             name,
+            outage=self.outage,
             default_segment=segment,
             segments=lambda: {segment, *self.view.segments_of(name)},
             carried=lambda deadline: list(self.carried),
             alarm=lambda kind, text: self.alarms.append((kind, text)),
             on_given=self.keeper.given,
         )
+        self.serves = True
+        self.retirer = Retirer(
+            etcd,
+            self.ledger,
+            self.view,
+            KEYS,
+            name,
+            self.neighbourhood,
+            segments=lambda: {segment, *self.view.segments_of(name)},
+            serving=lambda: self.serves,
+            after=retire_after,
+            alarm=lambda kind, text: self.alarms.append((kind, text)),
+        )
+        self.view.on_orders = self.retirer.wake
         self.metrics = Metrics()
-        self.app = create_app(self.register, self._serving, time_limit=time_limit, metrics=self.metrics)
+        self._time_limit = time_limit
+        self.app = create_app(self.register, self._admit, metrics=self.metrics)
         self._stop = threading.Event()
         self._gate = threading.Event()
         self._gate.set()
         self._threads = [threading.Thread(target=self._watch, name=f"watch of {name}", daemon=True)]
         self._threads[0].start()
 
-    def _serving(self, deadline: float) -> None:
+    def _admit(self, arrival: float) -> float:
+        deadline = arrival + self._time_limit
         assert self.view.loaded.wait(max(0.0, deadline - time.monotonic()))
+        return deadline
 
     def _watch(self) -> None:
         def reset(values: Any, revision: int) -> None:
@@ -286,6 +320,32 @@ class Host:
         )
         self._threads[-1].start()
 
+    def retire(self) -> None:
+        """Start the thread that carries out orders to retire other hosts."""
+        self._threads.append(
+            threading.Thread(target=self.retirer.run, args=(self._stop,), name=f"retirer of {self.name}")
+        )
+        self._threads[-1].start()
+
+    def carry_out(self) -> None:
+        """Start the thread that carries out the journal."""
+        self._threads.append(
+            threading.Thread(
+                target=self.outage.run,
+                args=(self.register.settle, self._stop, lambda work: self.stock.settled(work.tokens)),
+                name=f"journal of {self.name}",
+            )
+        )
+        self._threads[-1].start()
+
+    def settle(self) -> None:
+        """One round of what that thread does."""
+        self.outage.carry_out(self.register.settle, lambda work: self.stock.settled(work.tokens))
+
+    def fill_disk(self) -> None:
+        """From now on nothing can be written to the journal."""
+        self._directory.cleanup()
+
     def tend_holds(self) -> None:
         """Start the thread that ends holds."""
         self._threads.append(threading.Thread(target=self.holds.run, args=(self._stop,), name=f"holds of {self.name}"))
@@ -306,12 +366,16 @@ class Host:
         self._gate.set()
         self.ledger.stop_freeing_orphans()
         self.keeper.close()
+        self.retirer.close()
+        self.outage.wake()
         self.holds.wake()
         self.etcd.set_down(self.etcd.down)  # wakes the watch
         for each in self._threads:
             each.join(PATIENCE)
             assert not each.is_alive(), f"thread {each.name} does not end"
         self.neighbourhood.close()
+        self.outage.close()
+        self._directory.cleanup()
 
     # ---- what Docker says
 

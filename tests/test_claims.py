@@ -12,12 +12,11 @@ import pytest
 from fakes import Fault, Writes
 from harness import KEYS, PATIENCE, FakeLan, Habits, Host, Lan, Reply, bridge, nic, until
 from ipam_plugin import standby
-from ipam_plugin.addresses import Address
+from ipam_plugin.addresses import Address, parse_address
 from ipam_plugin.etcd import Delete, Put
 from ipam_plugin.model import (
     CONFLICT,
     ENDPOINT,
-    HOST,
     STANDBY,
     HostAddress,
     Lease,
@@ -757,64 +756,82 @@ def test_two_hosts_ask_for_overlapping_ranges(lan: Lan, wire: FakeLan) -> None:
 # ------------------------------------------------------------------------- outcomes that are not known
 
 
-@pytest.mark.parametrize("fault", [Fault.LOST, Fault.APPLIED, Fault.STUCK])
+@pytest.mark.parametrize("fault", [Fault.LOST, Fault.APPLIED, Fault.STUCK, Fault.UNAVAILABLE])
 @pytest.mark.parametrize("asked", ["", "192.168.1.66"])
 @pytest.mark.parametrize("in_stock", [True, False])
 def test_a_conversion_whose_outcome_is_not_known(
     lan: Lan, a: Host, wire: FakeLan, fault: Fault, asked: str, in_stock: bool
 ) -> None:
-    """P4: the address is given to nobody until it is settled, and afterwards nothing is lost: it is standby, with
-    a lease that the stuck try does not match, or its orphan is freed.
+    """P4: it goes on with the journal, and whatever becomes of the try that was sent, the lease is that of the answer:
+    given to nobody else meanwhile, and not taken for an orphan.
     """
     pool = a.create(ip_range=RANGE)
     if in_stock:
         stock(a, pool, 2)
     lan.etcd.on_commit = once(puts(ENDPOINT), fault)
-    assert "may be written" in a.endpoint(pool, asked).error
-    standing = {address: lease for address, lease in lan.leases().items() if lease.kind != HOST}
-    unsettled = set(standing) - {str(each.address) for each in a.stock.all()}
-    assert len(unsettled) == 1
-    given = {a.run(pool) for _ in range(3)}
-    assert not given & unsettled
+    first = a.run(pool, asked)
+    work = a.outage.of("default", parse_address(first))
+    assert work is not None
     a.keep()
     a.free_orphans()
+    a.carry_out()
+    given = {first, *(a.run(pool) for _ in range(3))}
+    until(lambda: not a.outage.waiting)
     until(lambda: len(a.stock.all()) == 2 and lan.of_kind(STANDBY) == sorted(str(e.address) for e in a.stock.all()))
-    if fault is Fault.STUCK:
-        assert lan.etcd.release_stuck() == 0, "the claim was written anew"
-    until(lambda: set(lan.of_kind(ENDPOINT)) == given, "the orphan is freed")
-    given |= {a.run(pool) for _ in range(5)}
+    assert lan.etcd.release_stuck() == 0, "the claim was written anew"
+    assert the_lease(lan, first) == work.lease
+    assert set(lan.of_kind(ENDPOINT)) == given
+    given |= {a.run(pool) for _ in range(4)}
     assert given == set(INSIDE)
 
 
 def test_a_stuck_conversion_that_comes_through(lan: Lan, a: Host) -> None:
-    """P4, P5: where nobody has written the claim anew, the stuck try does come through: then it is an orphan that this
-    daemon frees by itself.
-    """
+    """P4, P5: where it comes through before the journal is carried out, it is the very lease that was answered."""
     pool = a.create(ip_range=RANGE)
     (address,) = stock(a, pool)
     lan.etcd.on_commit = once(puts(ENDPOINT), Fault.STUCK)
-    assert a.endpoint(pool).status != 200
-    a.free_orphans()
+    assert a.run(pool) == address
+    work = a.outage.of("default", parse_address(address))
     assert lan.etcd.release_stuck() == 1
-    until(lambda: lan.lease(address) is None)
+    a.settle()
+    assert not a.outage.waiting
+    assert work is not None
+    assert the_lease(lan, address) == work.lease
 
 
 @pytest.mark.parametrize("fault", [Fault.LOST, Fault.APPLIED, Fault.STUCK])
 def test_ip_of_an_address_whose_conversion_is_not_settled(lan: Lan, a: Host, fault: Fault) -> None:
-    """P4: the same container asks again by name. The claim, or the orphan, is written anew: what is stuck can be no
-    second holder.
-    """
+    """P1, P4: it is the first container's, before the journal is carried out and after."""
     pool = a.create(ip_range=RANGE)
     (address,) = stock(a, pool)
     lan.etcd.on_commit = once(puts(ENDPOINT), fault)
-    assert a.endpoint(pool).status != 200
-    assert a.run(pool, address) == address
-    mine = the_lease(lan, address)
+    assert a.run(pool) == address
+    assert f"{address} of pool {pool} is taken" in a.endpoint(pool, address).error
+    a.settle()
     lan.etcd.release_stuck()
-    a.free_orphans()
+    assert f"{address} of pool {pool} is taken" in a.endpoint(pool, address).error
+
+
+@pytest.mark.parametrize("fault", [Fault.LOST, Fault.APPLIED, Fault.STUCK])
+def test_a_conversion_that_can_be_kept_nowhere(lan: Lan, a: Host, fault: Fault) -> None:
+    """P4: with the disk full as well the request is refused, and what may appear in etcd is an orphan that goes."""
+    pool = a.create(ip_range=RANGE)
+    (address,) = stock(a, pool)
+    a.fill_disk()
+    lan.etcd.on_commit = once(puts(ENDPOINT), fault)
+    assert "may be written" in (refused := a.endpoint(pool).error)
+    assert "cannot be written" in refused
+    assert [kind for kind, _ in a.alarms] == ["journal_failed"]
+    a.settle()
+    given = {a.run(pool) for _ in range(3)}
+    assert address not in given
     a.keep()
+    a.free_orphans()
+    lan.etcd.release_stuck()
+    until(lambda: set(lan.of_kind(ENDPOINT)) == given)
     until(lambda: len(a.stock.all()) == 2)
-    assert the_lease(lan, address) == mine
+    given |= {a.run(pool) for _ in range(5)}
+    assert given == set(INSIDE)
 
 
 @pytest.mark.parametrize("fault", [Fault.LOST, Fault.APPLIED, Fault.STUCK])
@@ -865,12 +882,14 @@ def test_a_claim_that_could_not_be_given_back(lan: Lan, strict: Host, wire: Fake
 
 
 def test_an_outage_while_converting_keeps_the_stock(lan: Lan, a: Host) -> None:
-    """Nothing was written, and that is certain: the address goes back into the stock."""
+    """Nothing was written, to etcd or disk, and that is certain: the address goes back into the stock."""
     pool = a.create(ip_range=RANGE)
     (address,) = stock(a, pool)
+    a.fill_disk()
     lan.etcd.on_commit = once(puts(ENDPOINT), Fault.UNAVAILABLE)
     assert a.endpoint(pool).status != 200
     assert [str(each.address) for each in a.stock.all()] == [address]
+    a.settle()
     assert a.run(pool) == address
 
 
@@ -938,7 +957,9 @@ def test_only_the_address_is_looked_at_that_was_asked_for(lan: Lan, a: Host, wir
     assert a.run(pool, "192.168.1.200") == "192.168.1.200"
     assert [str(each) for each in wire.probed] == ["192.168.1.200"]
     lan.etcd.on_commit = once(puts(ENDPOINT), Fault.UNAVAILABLE)
+    a.fill_disk()
     assert a.endpoint(pool, "192.168.1.201").status != 200
+    a.settle()
     assert a.stock.all() == [], "no request without a name would find it there"
     a.keep()
     until(lambda: lan.lease("192.168.1.201") is None)

@@ -33,9 +33,11 @@ from ipam_plugin.claims import Claims, Stock
 from ipam_plugin.errors import IpamError, Refused
 from ipam_plugin.etcd import Commit, Delete, Etcd, EtcdSettings, Put
 from ipam_plugin.interfaces import InterfaceAddress, Link
+from ipam_plugin.journal import Journal
 from ipam_plugin.ledger import Ledger
 from ipam_plugin.model import CONFLICT, ENDPOINT, STANDBY, Keys, Lease, read_lease
 from ipam_plugin.neighbourhood import Neighbourhood
+from ipam_plugin.outage import Outage
 from ipam_plugin.protocol import ReleasePool, RequestAddress, RequestPool
 from ipam_plugin.register import Register
 from ipam_plugin.standby import Keeper
@@ -54,7 +56,7 @@ PATIENCE = 20.0  # seconds for one request
 class Daemon:
     """All of a daemon below its socket."""
 
-    def __init__(self, etcd: Etcd, keys: Keys, name: str, lan: FakeLan) -> None:
+    def __init__(self, etcd: Etcd, keys: Keys, name: str, lan: FakeLan, journal: Path) -> None:
         self._etcd = etcd
         self._keys = keys
         self._carried = [bridge(f"198.18.7.{1 + len(name)}/24")]
@@ -65,7 +67,12 @@ class Daemon:
             self.view, name, lambda segment: Habits(standby=GOAL), self, alarm=_ignored, open_wire=lan.open
         )
         self.stock = Stock()
-        claims = Claims(ledger, self.view, keys, name, neighbourhood, self.stock, vendor_of=lambda mac: "")
+        self._outage = Outage(Journal(journal), lambda deadline: ledger.read(keys.host(name), deadline), alarm=_ignored)
+        for work in self._outage.work():
+            self.stock.journalled(work.tokens)
+        claims = Claims(
+            ledger, self.view, keys, name, neighbourhood, self.stock, self._outage, vendor_of=lambda mac: ""
+        )
         self._keeper = Keeper(claims, self.stock, ledger, self.view, keys, name, neighbourhood, alarm=_ignored)
         neighbourhood.on_heard = self._keeper.heard
         claims.on_shortage = self.view.on_wanted = self.view.on_pools = self._keeper.wake
@@ -75,6 +82,7 @@ class Daemon:
             self.view,
             keys,
             name,
+            outage=self._outage,
             default_segment="default",
             segments=lambda: {"default"},
             carried=lambda deadline: self._carried,
@@ -83,7 +91,14 @@ class Daemon:
         )
         self._threads = [
             threading.Thread(target=target, daemon=True)
-            for target in (self._watch, lambda: ledger.free_orphans(self._stop), lambda: self._keeper.run(self._stop))
+            for target in (
+                self._watch,
+                lambda: ledger.free_orphans(self._stop),
+                lambda: self._keeper.run(self._stop),
+                lambda: self._outage.run(
+                    self.register.settle, self._stop, lambda work: self.stock.settled(work.tokens)
+                ),
+            )
         ]
         self._ledger = ledger
         self.pool = ""
@@ -123,6 +138,7 @@ class Daemon:
     def stop(self) -> None:
         self._stop.set()
         self._keeper.close()
+        self._outage.wake()
         self._ledger.stop_freeing_orphans()
         for each in self._threads:
             each.join(10)
@@ -190,7 +206,7 @@ def child(told: dict[str, Any]) -> None:
         lan.before_answer = lambda address: time.sleep(0.003)  # so that a kill at any moment also meets looks
 
     etcd = CutEtcd(EtcdSettings(endpoints=tuple(told["endpoints"])), keys, cut)
-    daemon = Daemon(etcd, keys, "a", lan).start()
+    daemon = Daemon(etcd, keys, "a", lan, Path(told["journal"])).start()
 
     def looked(address: Address) -> None:
         entry = daemon.view.entry("default", address)
@@ -224,6 +240,7 @@ class Bench:
         self._etcd = etcd
         self._keys = Keys(etcd.prefix)
         self._log = directory / "child.log"
+        self._directory = directory
         self._lan = FakeLan()
         self._lan.machines = dict(STRANGERS)
         self._hosts: list[Daemon] = []
@@ -235,13 +252,14 @@ class Bench:
         self._etcd.client.commit({}, [Put(key, value)], deadline=time.monotonic() + PATIENCE)
 
     def host(self, name: str) -> Daemon:
-        made = Daemon(Etcd(self._etcd.settings), self._keys, name, self._lan)
+        made = Daemon(Etcd(self._etcd.settings), self._keys, name, self._lan, self._directory / f"{name}.journal")
         self._hosts.append(made)
         return made.start()
 
     def start_child(self, step: str, number: int, named: str) -> None:
         told = {
             "endpoints": self._etcd.settings.endpoints,
+            "journal": str(self._directory / "a.journal"),
             "prefix": self._etcd.prefix,
             "step": step,
             "number": number,

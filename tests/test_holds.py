@@ -232,14 +232,33 @@ def test_a_held_address_whose_handing_out_fails_is_no_standby(lan: Lan) -> None:
     pool = a.create()
     address = start(a, pool, **{NAME: "web"})
     stop(a, pool, address)
+    a.fill_disk()
     wire.before_answer = lambda asked: lan.etcd.set_down(True)
     assert a.endpoint(pool, **{NAME: "web"}).status == 503
     wire.before_answer = lambda asked: None
     lan.etcd.set_down(False)
+    a.settle()
     assert a.stock.all() == []
     assert kind(lan, address) == HELD
     assert start(a, pool) != address
     assert start(a, pool, **{NAME: "web"}) == address
+
+
+def test_a_held_address_that_returns_without_etcd(lan: Lan) -> None:
+    """It is this host's in etcd already: given from the journal, and no end of the hold takes it away meanwhile."""
+    wire = FakeLan()
+    a = host(lan, habits=Habits(standby=0), wire=wire)
+    pool = a.create()
+    address = start(a, pool, **{NAME: "web"})
+    stop(a, pool, address)
+    lan.etcd.set_down(True)
+    assert start(a, pool, **{NAME: "web"}) == address
+    lan.etcd.set_down(False)
+    a.ahead = 10_000.0
+    a.holds.tend()
+    assert kind(lan, address) == HELD
+    a.settle()
+    assert kind(lan, address) == ENDPOINT
 
 
 # ------------------------------------------------------------------------------------- its ends

@@ -26,6 +26,7 @@ ALLOWED = {
     "vendors": set(),
     "evidence": {"addresses", "errors", "model"},
     "dockerd": {"addresses", "errors", "evidence"},
+    "check": {"addresses", "decisions", "errors", "evidence", "model"},
     "etcd3_import": set(),
     "etcd": {"errors", "etcd3_import"},
     "config": {"addresses", "errors"},
@@ -34,20 +35,30 @@ ALLOWED = {
     "install": {"errors"},
     "ledger": {"addresses", "decisions", "errors", "etcd", "model", "view"},
     "neighbourhood": {"addresses", "errors", "interfaces", "model", "view", "wire"},
-    "claims": {"addresses", "decisions", "errors", "etcd", "ledger", "model", "neighbourhood", "view"},
+    "journal": {"addresses", "errors", "model"},
+    "outage": {"addresses", "errors", "journal", "model"},
+    "claims": {"addresses", "decisions", "errors", "etcd", "ledger", "model", "neighbourhood", "outage", "view"},
     "holds": {"addresses", "decisions", "errors", "evidence", "ledger", "model", "view"},
     "standby": {"addresses", "claims", "errors", "ledger", "model", "neighbourhood", "view", "wire"},
     "register": {
-        "addresses", "claims", "decisions", "errors", "etcd", "ledger", "model", "neighbourhood", "protocol", "view",
+        "addresses", "claims", "decisions", "errors", "etcd", "journal", "ledger", "model", "neighbourhood", "outage",
+        "protocol", "view",
     },
-    "operations": {"addresses", "errors", "etcd", "model"},
+    "retirement": {"decisions", "model"},
+    "retire": {"addresses", "errors", "etcd", "ledger", "model", "neighbourhood", "retirement", "view"},
+    "operations": {"addresses", "check", "errors", "etcd", "model"},
     "host": {"errors", "etcd", "interfaces", "model", "register", "view"},
     "app": {"errors", "metrics", "model", "protocol"},
     "daemon": {
         "addresses", "app", "claims", "config", "embedded_etcd", "errors", "etcd", "holds", "host", "interfaces",
-        "ledger", "metrics", "model", "neighbourhood", "register", "standby", "vendors", "view", "wire",
+        "journal", "ledger", "metrics", "model", "neighbourhood", "outage", "register", "retire", "standby", "vendors",
+        "view",
+        "wire",
     },
-    "cli": {"addresses", "config", "daemon", "errors", "host", "install", "model", "operations", "scan", "vendors"},
+    "cli": {
+        "addresses", "check", "config", "daemon", "dockerd", "errors", "evidence", "host", "install", "model",
+        "operations", "scan", "vendors",
+    },
 }  # fmt: skip
 
 # Who may import a library, by its top-level name.
@@ -67,16 +78,20 @@ OWNERS = {
     "rich": {"cli"},
     "msgspec": {
         "app",
+        "check",
         "cli",
         "config",
         "daemon",
         "decisions",
         "host",
         "install",
+        "journal",
         "model",
         "operations",
         "protocol",
         "register",
+        "retire",
+        "retirement",
     },
 }
 
@@ -89,6 +104,8 @@ PURE = {
     "protocol": {"enum", "re", "typing"},
     "decisions": {"collections", "enum", "ipaddress", "typing"},
     "evidence": {"collections", "typing"},
+    "retirement": {"collections", "typing"},
+    "check": {"collections", "datetime", "typing"},
 }
 CLOCKS = {"now", "utcnow", "today", "time", "monotonic"}
 

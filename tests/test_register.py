@@ -895,8 +895,8 @@ CALLS = [
 @pytest.mark.parametrize("fault", [Fault.UNAVAILABLE, Fault.APPLIED, Fault.LOST, Fault.STUCK], ids=lambda f: f.name)
 @pytest.mark.parametrize("name", CALLS)
 def test_cut_after_every_step(name: str, fault: Fault) -> None:
-    """P4: cut at any commit, the call is refused; nobody else's lease is touched; what a refused grant left, at once
-    or later, is deleted; afterwards no address has two holders."""
+    """P4: cut at any commit, a release is journalled and any other call refused; nobody else's lease is touched; what a
+    refused grant left, at once or later, is deleted; afterwards no address has two holders."""
     with Lan() as lan:
         _, _, calls = script(lan)
         before = lan.etcd.transactions
@@ -911,18 +911,26 @@ def test_cut_after_every_step(name: str, fault: Fault) -> None:
             held = lan.leases()
             lan.etcd.faults.extend([Fault.PASS] * step + [fault])
             reply = calls[name]()
-            assert reply.status == 503
-            assert "etcd" in reply.error
+            shared = name == "ReleaseAddress of a router" and fault is not Fault.UNAVAILABLE
+            journalled = name.startswith("Release") and not shared
+            if journalled:
+                # Docker never repeats it, so the daemon does.
+                assert reply.status == 200
+                a.carry_out()
+            else:
+                assert reply.status == 503
+                assert "etcd" in reply.error
             if fault is Fault.STUCK:
-                assert lan.etcd.release_stuck() == 1
+                came_through = lan.etcd.release_stuck()
+                assert came_through == 1 or journalled, "unless the journal was faster"
 
             def settled(lan: Lan = lan, held: Any = held) -> bool:
                 new = {address: lease for address, lease in lan.leases().items() if address not in held}
                 return all(lease.kind == HOST and address in OWN for address, lease in new.items())
 
             until(settled, "the end of what the refused call left behind")
+            until(lambda a=a: not a.outage.waiting, "the end of the journal")
             if name == "ReleaseAddress":
-                # Docker never repeats it, so the daemon does.
                 until(lambda lan=lan: not {"a"} & {e.host for e in lan.leases().values() if e.kind == ENDPOINT})
             a.catch_up()
             now = lan.leases()
@@ -972,7 +980,8 @@ def test_the_lease_of_a_carried_address_is_no_orphan(lan: Lan) -> None:
     address = x.run(pool)
     x.carried.append(bridge(f"{address}/24", "br7"))
     lan.etcd.faults.append(Fault.APPLIED)
-    assert x.release(pool, address).status == 503
+    assert x.release(pool, address).status == 200
+    x.settle()
     x.free_orphans()
     probe = x.run(pool)  # another orphan after it proves that the queue was worked off
     lan.etcd.faults.append(Fault.APPLIED)
@@ -1009,18 +1018,20 @@ def test_a_refused_grant_never_doubles_a_later_one(lan: Lan, a: Host, b: Host) -
     assert {lease.host for lease in lan.leases().values() if lease.kind == ENDPOINT} == {"b"}
 
 
-def test_with_etcd_down_everything_is_refused_and_nothing_lost(lan: Lan, a: Host) -> None:
-    """Without etcd each call is refused in one line; when it is back the same calls work."""
+def test_with_etcd_down_everything_is_refused_but_releases(lan: Lan, a: Host) -> None:
+    """Without etcd and standby each request is refused in one line; what was released is free when etcd is back."""
     pool = a.create()
     address = a.run(pool)
     lan.etcd.set_down(True)
-    for reply in (a.request_pool("10.0.0.0/24"), a.endpoint(pool), a.release(pool, address), a.release_pool(pool)):
+    for reply in (a.request_pool("10.0.0.0/24"), a.endpoint(pool), a.endpoint(pool, "192.168.1.99")):
         assert reply.status == 503
         assert "etcd" in reply.error
-    lan.etcd.set_down(False)
-    assert a.run(pool) != address
     assert a.release(pool, address).status == 200
+    lan.etcd.set_down(False)
+    assert lan.lease(address) is not None
+    a.settle()
     assert lan.lease(address) is None
+    assert a.run(pool) != address
 
 
 # ---------------------------------------------------------------------------------- against a naive model
@@ -1179,13 +1190,11 @@ def test_an_address_whose_release_did_not_reach_etcd_is_given_again(lan: Lan, a:
     pool = a.create()
     assert a.run(pool, "192.168.1.77") == "192.168.1.77"
     lan.etcd.faults.append(Fault.UNAVAILABLE)
-    assert a.release(pool, "192.168.1.77").status == 503
+    assert a.release(pool, "192.168.1.77").status == 200
     assert a.run(pool, "192.168.1.77") == "192.168.1.77"
-    a.free_orphans()
-    lan.etcd.faults.append(Fault.STUCK)  # another orphan after it proves that the queue was worked off
-    assert a.endpoint(pool).status == 503
-    assert lan.etcd.release_stuck() == 1
-    until(lambda: lan.of_kind(ENDPOINT) == ["192.168.1.77"], "the end of the orphan")
+    a.settle()
+    assert a.outage.waiting == 0
+    assert lan.of_kind(ENDPOINT) == ["192.168.1.77"]
     assert a.release(pool, "192.168.1.77").status == 200
     assert lan.of_kind(ENDPOINT) == []
 
