@@ -848,7 +848,7 @@ def _give_back_standby(config_path: str | None) -> Iterator[str]:
         )
         return
     if count:
-        yield f"standby addresses of host {host} given back: {count}"
+        yield f"standby and held addresses of host {host} given back: {count}"
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -21,6 +21,7 @@ from ipam_plugin.etcd import Commit, Delete, KeyValue, Put
 from ipam_plugin.model import (
     CONFLICT,
     ENDPOINT,
+    HELD,
     RESERVED,
     STANDBY,
     UNREADABLE,
@@ -412,12 +413,13 @@ class Operations:
         raise AssertionError("unreachable")
 
     def give_back_standby(self, host: str) -> int:
-        """Free what a host's daemon had claimed ahead of need, when it is gone for good. Returns how many it was.
+        """Free what a host's daemon claimed ahead of need or keeps for stopped containers, when it is gone for good.
+        Returns how many it was.
 
-        It was given to nobody, so nothing is said of it in the history. One that has changed since it was read (a
-        container has got it) stays.
+        Nobody has it, and whoever had it stands in the history. One that has changed since it was read (a container
+        has got it) stays.
         """
-        own = [each for each in self.leases() if each.lease.kind == STANDBY and each.lease.host == host]
+        own = [each for each in self.leases() if each.lease.kind in (STANDBY, HELD) and each.lease.host == host]
         return sum(self._commit({each.key: each.revision}, [Delete(each.key)]) for each in own)
 
     def retire(self, name: str, force: bool, wait: float) -> Iterator[Settled]:

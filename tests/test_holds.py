@@ -20,7 +20,20 @@ from harness import KEYS, MAC, NAME, PATIENCE, FakeLan, Host, Lan, bridge, until
 from ipam_plugin import decisions
 from ipam_plugin.decisions import FREE, KEEP, Claim
 from ipam_plugin.evidence import APART, Known, Look, Unclaimed, unclaimed
-from ipam_plugin.model import ENDPOINT, HELD, STANDBY, Container, History, Lease, Pool, decode, encode, parse_time
+from ipam_plugin.model import (
+    ENDPOINT,
+    HELD,
+    STANDBY,
+    Container,
+    History,
+    Lease,
+    Pool,
+    Tenancy,
+    decode,
+    encode,
+    parse_time,
+    rfc3339,
+)
 from ipam_plugin.neighbourhood import Habits
 from ipam_plugin.view import Local
 
@@ -149,17 +162,20 @@ def test_hold_is_off_by_default_and_the_network_has_the_last_word(lan: Lan) -> N
 
 def test_a_held_address_is_refused_to_others_and_the_sentence_says_for_whom(lan: Lan) -> None:
     """P7: which container of which host, and until when."""
-    a, b = host(lan), host(lan, "b", 12)
+    wire = FakeLan()
+    a, b = (host(lan, name, number, habits=Habits(standby=0), wire=wire) for name, number in (("a", 11), ("b", 12)))
     pool = a.create()
     b.create()
     address = start(a, pool, "192.168.1.77", **{NAME: "web"})
     stop(a, pool, address)
+    wire.probed.clear()
     held = lan.lease(address)
     assert held is not None
     for refusal in (a.endpoint(pool, address, **{NAME: "db"}).error, b.endpoint(pool, address).error):
         assert f"a hold for container web on host a until {held.until}" in refusal
         assert f"ipam-plugin release {address} --force" in refusal
     assert lan.lease(address) == held
+    assert wire.probed == []  # nobody waits for the wire to be refused
     assert start(a, pool, address, **{NAME: "web"}) == address
 
 
@@ -290,21 +306,16 @@ def test_another_hosts_hold_is_not_ended(lan: Lan) -> None:
 
 def test_an_address_rests_since_its_container_stopped(lan: Lan) -> None:
     """The cooldown is for what was in use a moment ago; a hold that ended does not add to it."""
-    clock = [time.time()]
-    local = Local(cooldown=300.0, hold=600)
-    a = lan.host("a", bridge("192.168.1.11/24"), local=lambda segment: local)
-    a.view._now = lambda: clock[0]
-    pool = a.create()
-    address = ipaddress.ip_address(start(a, pool, "192.168.1.77"))
-    stop(a, pool, str(address))
-    family = a.view._segment("default").families[4]
-    assert int(address) in family.resting
-    clock[0] += 301
-    a.ahead = 601
-    a.holds.tend()
+    a = lan.host("a", bridge("192.168.1.11/24"), local=lambda segment: Local(cooldown=300.0))
+    now = datetime.datetime.now(datetime.UTC)
+    for number, ago in ((77, 400), (78, 100)):
+        stopped = rfc3339(now - datetime.timedelta(seconds=ago))
+        past = (Tenancy(HELD, "a", since=stopped, until=rfc3339(now)), Tenancy(ENDPOINT, "a", FIXED, until=stopped))
+        lan.put(f"{KEYS.history}default/192.168.1.{number}", encode(History(past)))
     a.catch_up()
-    a.view.wake_rested()
-    assert int(address) not in family.avoid
+    resting = a.view._segment("default").families[4].resting
+    assert [int(ipaddress.ip_address(f"192.168.1.{number}")) in resting for number in (77, 78)] == [False, True]
+    assert a.view.has_ended(FIXED)
 
 
 # ----------------------------------------------------------------------------------------- shortage
@@ -339,6 +350,29 @@ def test_another_host_gets_the_oldest_hold_when_nothing_else_is_free(lan: Lan, h
     assert lan.of_kind(HELD) == sorted(static[1:])
     assert past(lan, static[0])[0] == (HELD, "another host had nothing free")
     assert start(b, pool) == static[1]
+
+
+def test_a_host_that_waits_gets_no_hold_while_there_is_anything_else(lan: Lan) -> None:
+    """What is free, and standby, which its owner is about to give back."""
+    a = host(lan)
+    pool = a.create(ip_range=TINY)
+    static = start(a, pool, "192.168.1.16")
+    stop(a, pool, static)
+    lan.put(KEYS.want(Pool.parse(pool), "b"), b"{}")
+    a.catch_up()
+    a.holds.tend()
+    assert kind(lan, static) == HELD
+    for number in (17, 18, 19):
+        start(a, pool, f"192.168.1.{number}")
+    key = KEYS.lease("default", ipaddress.ip_address("192.168.1.19"))
+    lan.put(key, encode(Lease(STANDBY, "a", pool=pool, token="t")))
+    a.catch_up()
+    a.holds.tend()
+    assert kind(lan, static) == HELD
+    lan.put(key, encode(Lease(ENDPOINT, "a", pool=pool, token="t")))
+    a.catch_up()
+    a.holds.tend()
+    assert kind(lan, static) == ""
 
 
 def test_standby_is_given_back_before_a_hold(lan: Lan) -> None:

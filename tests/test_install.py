@@ -115,7 +115,7 @@ def test_another_systems_register_is_left_alone(system: Path) -> None:
     assert not (system / SERVICE).exists()
 
 
-@pytest.mark.parametrize("given", [["standby addresses of host a given back: 2"], []])
+@pytest.mark.parametrize("given", [["standby and held addresses of host a given back: 2"], []])
 def test_a_daemon_that_was_started_by_hand_gives_back_too(
     system: Path, monkeypatch: pytest.MonkeyPatch, given: list[str]
 ) -> None:

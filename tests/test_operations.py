@@ -435,13 +435,14 @@ def test_uninstall_gives_this_hosts_standby_back(uninstall: Callable[[], list[st
         "default/192.168.1.3": standby,
         "default/fd00::3": standby,
         "lab/192.168.1.3": standby,
+        "lab/192.168.1.4": standby | {"kind": "held"},
         "default/192.168.1.4": standby | {"host": "b"},
         "default/192.168.1.5": standby | {"kind": "endpoint"},
         "default/192.168.1.6": standby | {"kind": "conflict", "host": "", "by": "a"},
     }.items():
         lan.put(f"{KEYS.leases}{place}", json.dumps(lease))
     lan.put(f"{KEYS.leases}default/192.168.1.7", "junk")
-    assert uninstall() == ["standby addresses of host a given back: 3"]
+    assert uninstall() == ["standby and held addresses of host a given back: 4"]
     left = [key.removeprefix(KEYS.leases) for key in sorted(lan.keys())]
     assert left == [f"default/192.168.1.{number}" for number in (4, 5, 6, 7)]
 
