@@ -247,16 +247,17 @@ class BootWait:
         self.time_limit = time_limit
         self._seconds = seconds
         self._end = -math.inf if over else None
+        self._stop = math.inf
 
     def give_up(self, arrival: float) -> float:
         """Until when a request waits that cannot be served yet. The first one begins the window."""
         if self._end is None:
             self._end = arrival + self._seconds
-        return max(arrival + self.time_limit, self._end)
+        return max(arrival + self.time_limit, min(self._end, self._stop))
 
     def answer_by(self, arrival: float, admitted: float) -> float:
         """The deadline of a request that waited until `admitted`: within the window that wait is not its own time."""
-        begins = admitted if self._end is not None and admitted <= self._end else arrival
+        begins = admitted if self._end is not None and admitted <= min(self._end, self._stop) else arrival
         return begins + self.time_limit
 
     def served(self) -> None:
@@ -264,9 +265,9 @@ class BootWait:
         if self._end is None:
             self._end = -math.inf
 
-    def end(self, now: float) -> None:
-        """The daemon stops: nobody waits longer than usual any more."""
-        self._end = now if self._end is None else min(self._end, now)
+    def stop(self, now: float) -> None:
+        """Nobody waits for this daemon longer than usual any more; the next one may let requests wait."""
+        self._stop = min(self._stop, now)
 
     def is_over(self, now: float) -> bool:
         return self._end is not None and now >= self._end
@@ -359,7 +360,7 @@ class Presence:
     def stopping(self) -> None:
         """The daemon is to stop, and then takes no longer than a request's time limit. For a signal's handler too."""
         with self._condition:  # its lock may be taken again by the thread that has it
-            self._boot_wait.end(time.monotonic())
+            self._boot_wait.stop(time.monotonic())
             self._condition.notify_all()
 
     @property
