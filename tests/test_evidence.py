@@ -142,6 +142,18 @@ def test_the_token_is_the_one_of_the_first_look() -> None:
     assert first.gone == second.gone == ()
 
 
+def test_two_engines_do_not_make_two_looks() -> None:
+    """The one that counted before missed it once, and the one that counts now did: neither did twice."""
+    memory = Memory()
+    for began, engine in ((0.0, "E"), (APART, "F")):
+        findings, memory = evidence.compare(
+            look(began, OTHER, WEB._replace(address=ipaddress.ip_address("10.0.0.6")), engine=engine), [held()], [],
+            memory, seen=lambda _: True, kept=Kept(engine), grace=0, now=NOW, default_segment="default",
+            pending=lambda *_: False,
+        )  # fmt: skip
+        assert findings.gone == findings.homeless == ()
+
+
 def test_a_lease_without_a_usable_time_waits_as_long() -> None:
     """Its clock was set meanwhile: what was seen for the grace is old enough, and needs the wire's proof."""
     assert compare(*TWICE, leases=(held(since=1000),)).gone == ()

@@ -313,7 +313,7 @@ def test_it_is_not_taken_over_without_proof(why: str) -> None:
         began = time.monotonic()
         refusal: Reply = a.endpoint(pool, address)
         assert "is taken" in refusal.error
-        assert time.monotonic() - began < 8
+        assert time.monotonic() - began < 3  # nobody waits for a dockerd that does not answer
         now = lan.lease(address)
         assert now
         assert now.token == before.token
