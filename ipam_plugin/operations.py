@@ -445,7 +445,7 @@ class Operations:
                 raise Refused(f"there is no host {name} in the register; known are: {known}")
             watched = (keys.retire(name), keys.heartbeat(name), keys.host(name))
             found, _ = self._etcd.get_many(watched, deadline=_deadline())
-            standing, beat, _ = (found[key] for key in watched)
+            standing, beat = found[watched[0]], found[watched[1]]
             if beat is not None:
                 alive = _read(beat.value, Alive)
                 raise Refused(

@@ -607,6 +607,20 @@ def test_a_record_that_was_retired_comes_back(etcd: FakeEtcd, start: Callable[..
     until(lambda: etcd.get(KEYS.host("a"), deadline=soon()), "the record is there again")
 
 
+def test_a_host_that_is_there_again_is_not_absent(etcd: FakeEtcd, start: Callable[..., Node]) -> None:
+    """What the others wrote into its record while it was away goes, though nothing else in it has changed."""
+    node = start()
+    until(node.serves, "serving")
+
+    def record() -> Host:
+        found = etcd.get(KEYS.host("a"), deadline=soon())
+        return decode(found.value, Host) if found else Host("")
+
+    before = record()
+    put(etcd, KEYS.host("a"), encode(msgspec.structs.replace(before, absent="2026-11-22T10:00:00.000Z")))
+    until(lambda: record() == before, "it is as before")
+
+
 def test_the_record_names_the_macs_that_it_listens_with(etcd: FakeEtcd, start: Callable[..., Node]) -> None:
     """Section 7: the parent of a macvlan network has no address, and is no stranger to the others all the same."""
     node, other = start(), start("b", "b")

@@ -393,7 +393,15 @@ def nothing_is_left(lan: Lan, said: dict[str, str]) -> None:
     assert files(lan.hosts["host3"]) == lan.before
 
 
+def what_answers_stays(lan: Lan, said: dict[str, str]) -> None:
+    """The machine is on, only its daemon is gone; the others say since when."""
+    assert "192.168.77.13 in segment default stays taken: a machine answers for it" in said["host1"]
+    [line] = re.findall(r"(?m)^host3 .*", lan.hosts["host2"]("ipam-plugin hosts").stdout)
+    assert re.match(r"host3 +NO( since 20\S+Z)? +1 ", line)
+
+
 def the_address_is_free(lan: Lan, said: dict[str, str]) -> None:
+    assert "host host3 is out of the register" in said["host1"]
     until(lambda: " is free\n" in lan.hosts["host2"]("ipam-plugin show 192.168.77.13").stdout, 10, "a free address")
 
 
@@ -431,7 +439,8 @@ CHECKS: dict[tuple[str, str], Callable[[Lan, dict[str, str]], None]] = {
     ("host3", "systemctl restart ipam-plugin.service"): containers_answer,
     ("host3", "ipam-plugin uninstall"): taken_back,
     ("host3", "userdel"): nothing_is_left,
-    ("host1", "ipam-plugin release 192.168.77.13"): the_address_is_free,
+    ("host1", "ipam-plugin host retire host3 ||"): what_answers_stays,
+    ("host1", "ipam-plugin host retire host3 --force"): the_address_is_free,
 }
 
 
