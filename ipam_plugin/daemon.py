@@ -255,6 +255,7 @@ class Daemon:
         self._view.on_pools = self._pools_changed
         if self._reconciler is not None:
             self._reconciler.on_look.append(self._holds.looked)
+            self._keeper.may_adopt = self._reconciler.nobody_has
         self._view.on_went_back = lambda before, now: self._presence.alarm(
             "etcd_went_back",
             f"etcd went back from revision {before} to {now} (a backup was restored, or its data are gone): addresses"

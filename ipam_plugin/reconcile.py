@@ -148,6 +148,16 @@ class Reconciler:
             self._closed = True
             self._condition.notify_all()
 
+    def nobody_has(self, address: Address) -> bool:
+        """Whether dockerd was asked since this process started, and shows no container with the address."""
+        with self._condition:
+            look = self._last
+        return (
+            look is not None
+            and address not in look.elsewhere
+            and all(each.address != address for each in look.attachments)
+        )
+
     def is_gone(self, pool: Pool, address: Address, lease: Lease, deadline: float) -> bool:
         """Whether nobody has the address of a lease of this host: by a look that began after this was called, and by
         the wire where that has to say it too. Waits for the look, a few seconds at most.

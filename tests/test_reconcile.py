@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from harness import KEYS, NOT_ASKED, FakeLan, Host, Lan, Reply, bridge, until
+from ipam_plugin.addresses import parse_address
 from ipam_plugin.evidence import APART
 from ipam_plugin.model import CONFLICT, ENDPOINT, STANDBY, Container, Holder, Lease, encode
 from ipam_plugin.neighbourhood import Habits
@@ -361,3 +362,16 @@ def test_a_burst_of_starts_is_one_look(monkeypatch: pytest.MonkeyPatch) -> None:
         until(lambda: a.engine.looks >= 2, "a look at them")
         until(lambda: all(lease.container for lease in lan.leases().values() if lease.kind == ENDPOINT), "names")
         assert a.engine.looks <= 4
+
+
+def test_who_has_an_address_is_not_known_before_the_first_look() -> None:
+    """Standby of an earlier run waits for it (section 8)."""
+    with Lan() as lan:
+        a, pool = host(lan)
+        address = a.run(pool)
+        keeps(lan, a, address)
+        free = parse_address("192.168.1.99")
+        assert not a.reconciler.nobody_has(free)
+        a.reconcile()
+        until(lambda: a.reconciler.nobody_has(free), "the first look")
+        assert not a.reconciler.nobody_has(parse_address(address))

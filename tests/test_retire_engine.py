@@ -61,8 +61,9 @@ def of_host(lab: Lab, host: Host) -> set[str]:
 
 
 def test_a_host_that_lost_its_power(lan: Lab) -> None:
-    """What it had stays taken until a living host has asked: silent addresses are freed, one for which a machine answers
-    is not, and without a living daemon nothing is. It returns, is told what it lost, and serves again (P3, P5)."""
+    """What it had stays taken until a living host has asked: silent addresses are freed, one for which a machine
+    answers is not, and without a living daemon nothing is. It returns, is told what it lost, and serves again (P3, P5).
+    """
     [first, second, dead], [machine] = lan.hosts, lan.machines
     for name, address in (("web", "192.168.77.70"), ("db", "192.168.77.71"), ("mail", "192.168.77.72")):
         assert start(dead, name, "--ip", address) == address
