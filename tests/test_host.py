@@ -901,6 +901,22 @@ def test_the_wait_of_a_boot_comes_once(
     assert 0.6 <= time.monotonic() - began < 5
 
 
+def test_what_served_at_boot_has_no_wait_left(etcd: FakeEtcd, start: Callable[..., Node]) -> None:
+    """A host that served before Docker asked, and then lost its name, answers within the time limit."""
+    node = start(request_limit=0.1, boot_wait=600.0)
+    until(node.serves, "serving")
+    put(etcd, KEYS.heartbeat("a"), encode(STRANGER))
+    until(lambda: not node.serves(), "another has the name")
+    began = time.monotonic()
+    refused: list[str] = []
+    asking = threading.Thread(
+        target=lambda: refused.append(refusal(NotServing, node.presence.admit, began)), daemon=True
+    )
+    asking.start()
+    asking.join(5)
+    assert refused
+
+
 def test_a_stop_ends_the_wait_of_a_boot(etcd: FakeEtcd, start: Callable[..., Node]) -> None:
     """An operator mends the configuration and restarts the daemon: nobody waits a minute for that, and each request
     has an answer.
@@ -910,7 +926,9 @@ def test_a_stop_ends_the_wait_of_a_boot(etcd: FakeEtcd, start: Callable[..., Nod
     until(lambda: "etcd is not there" in node.reason(), "the reason")
     refused: list[str] = []
     arrival = time.monotonic()
-    asking = threading.Thread(target=lambda: refused.append(refusal(NotServing, node.presence.admit, arrival)))
+    asking = threading.Thread(
+        target=lambda: refused.append(refusal(NotServing, node.presence.admit, arrival)), daemon=True
+    )
     asking.start()
     until(lambda: time.monotonic() > arrival + 0.3, "longer than the time limit")
     assert asking.is_alive()
