@@ -604,3 +604,28 @@ def test_for_whom_an_address_is_held(name: str, mac: str, asking: str, asking_ma
     assert decisions.is_held_for(lease, POOL, asking_mac, container) == expected
     elsewhere = msgspec.structs.replace(lease, pool="lan/10.0.0.0/16")
     assert not decisions.is_held_for(elsewhere, POOL, asking_mac, container)
+
+
+# ---------------------------------------------------------------------------------- an outage of etcd
+
+
+def test_holds_in_an_outage_of_etcd(lan: Lan) -> None:
+    """What is held is this host's in etcd, like standby: its container returns from the journal. One that stops
+    meanwhile is held as soon as etcd knows of it, and no hold ends under a container that has its address again.
+    """
+    wire = FakeLan()
+    a = host(lan, habits=Habits(standby=0), wire=wire, time_limit=5.0)
+    pool = a.create()
+    returns, stops = start(a, pool, "192.168.1.77"), start(a, pool, "192.168.1.78")
+    stop(a, pool, returns)
+    lan.etcd.set_down(True)
+    assert start(a, pool, returns) == returns
+    stop(a, pool, stops)
+    lan.etcd.set_down(False)
+    a.catch_up()
+    assert (kind(lan, returns), kind(lan, stops)) == (HELD, ENDPOINT)
+    a.ahead = 10_000
+    a.holds.tend()
+    assert kind(lan, returns) == HELD
+    a.settle()
+    assert (kind(lan, returns), kind(lan, stops)) == (ENDPOINT, HELD)
