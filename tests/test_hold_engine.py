@@ -12,7 +12,7 @@ import pytest
 
 from conftest import missing
 from ipam_plugin.dockerd import Dockerd
-from ipam_plugin.evidence import HOLD_LOOKS_APART, Look, unclaimed
+from ipam_plugin.evidence import APART, Look, unclaimed
 from ipam_plugin.model import Lease
 from test_engine import address_of, failed, leases, of_kind, start
 from test_wire_engine import network, remove_all
@@ -68,7 +68,7 @@ def is_over(lab: Lab, address: str) -> bool:
     """Whether two looks at the engine end the hold of this address."""
     held, number = msgspec.convert(leases(lab)[address], Lease), ipaddress.ip_address(address)
     first = unclaimed(None, held, number, look(lab.hosts[0], 0.0))
-    return unclaimed(first, held, number, look(lab.hosts[0], HOLD_LOOKS_APART)).is_over
+    return unclaimed(first, held, number, look(lab.hosts[0], APART)).is_over
 
 
 def test_hiero_local_node_1395_the_static_container_finds_its_address(lan: Lab) -> None:
