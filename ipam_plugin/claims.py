@@ -254,6 +254,7 @@ class Claims:
         self._wanted_revisions: dict[str, int] = {}  # `wanted` key -> as this host wrote it last
         self.conflicts = 0  # written
         self.unproven = 0  # handed out although the look proved nothing
+        self.is_ending: Callable[[str], bool] = lambda token: False  # whether the end of a hold was sent to etcd
         self.on_shortage: Callable[[], None] = lambda: None  # a request waits for standby
 
     @property
@@ -390,7 +391,11 @@ class Claims:
             slot = slot._replace(revision=there.revision)
 
     def _give_from_journal(self, pool: Pool, slot: Slot, lease: Lease) -> None:
-        """It is this host's in etcd, and nobody else takes it from there. Raises JournalFailed."""
+        """It is this host's in etcd, and nobody else takes it from there. Raises JournalFailed, or EtcdUnavailable
+        where etcd may yet carry out the end of a hold.
+        """
+        if slot.held is not None and self.is_ending(slot.token):
+            raise EtcdUnavailable(f"{slot.address} of pool {pool} may be free by now, and etcd does not say; try again")
         tokens = (slot.token, lease.token)
         self._stock.journalled(tokens)
         try:

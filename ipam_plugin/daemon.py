@@ -250,6 +250,7 @@ class Daemon:
         self._neighbourhood.on_heard = self._keeper.heard
         self._neighbourhood.on_opened = self._presence.changed
         self._claims.on_shortage = self._keeper.wake
+        self._claims.is_ending = self._holds.is_ending
         self._view.on_wanted = self._wanted
         self._view.on_orders = self._retirer.wake
         self._view.on_pools = self._pools_changed

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from ipam_plugin import decisions
 from ipam_plugin.addresses import Address
-from ipam_plugin.errors import IpamError, Refused
+from ipam_plugin.errors import IpamError, OutcomeUnknown, Refused
 from ipam_plugin.evidence import Look, Unclaimed, unclaimed
 from ipam_plugin.ledger import Ledger
 from ipam_plugin.model import STANDBY, Pool, parse_time
@@ -47,6 +47,7 @@ class Holds:
         self._host = host
         self._is_waiting = is_waiting
         self._now = now
+        self._ending: set[str] = set()  # tokens of holds whose end was sent, and may be carried out at any moment
         self._wake = threading.Event()
         self._lock = threading.Lock()  # for the next
         self._unclaimed: dict[tuple[str, Address, str], Unclaimed] = {}  # segment, address and token of the hold
@@ -106,6 +107,10 @@ class Holds:
         for each in over:
             self._end(each, "container removed")
 
+    def is_ending(self, token: str) -> bool:
+        """Whether etcd may free this hold at any moment: then it is no address to be given while etcd is away."""
+        return token in self._ending
+
     def _end(self, held: Held, why: str) -> None:
         if self._is_waiting(held.segment, held.address):
             return
@@ -113,6 +118,10 @@ class Holds:
         decide = functools.partial(decisions.end_hold, token=held.lease.token)
         try:
             self._ledger.change(claim, decide, time.monotonic() + PATIENCE, why=why)
+            self._ending.discard(held.lease.token)
             log.info("%s of segment %s, %s, is free: %s", held.address, held.segment, held.lease.told(), why)
+        except OutcomeUnknown as error:
+            self._ending.add(held.lease.token)
+            log.info("%s of segment %s may be held no more: %s", held.address, held.segment, error)
         except IpamError as error:
             log.info("%s of segment %s is still held: %s", held.address, held.segment, error)

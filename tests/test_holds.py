@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import properties  # noqa: F401  # the settings of hypothesis
+from fakes import Fault
 from harness import KEYS, MAC, NAME, PATIENCE, FakeLan, Host, Lan, bridge, until
 from ipam_plugin import decisions
 from ipam_plugin.decisions import FREE, KEEP, Claim
@@ -259,6 +260,23 @@ def test_a_held_address_that_returns_without_etcd(lan: Lan) -> None:
     assert kind(lan, address) == HELD
     a.settle()
     assert kind(lan, address) == ENDPOINT
+
+
+def test_a_hold_whose_end_is_on_its_way_is_not_given_from_the_journal(lan: Lan) -> None:
+    """P1: etcd may carry the end out at any moment, and then the address is anybody's."""
+    a = host(lan, habits=Habits(standby=0), wire=FakeLan())
+    pool = a.create()
+    address = start(a, pool, **{NAME: "web"})
+    stop(a, pool, address)
+    lan.etcd.faults.append(Fault.STUCK)
+    a.ahead = 10_000.0
+    a.holds.tend()
+    lan.etcd.set_down(True)
+    assert "etcd does not say" in a.endpoint(pool, **{NAME: "web"}).error
+    lan.etcd.set_down(False)
+    assert lan.etcd.release_stuck() == 1
+    a.settle()
+    assert lan.lease(address) is None
 
 
 # ------------------------------------------------------------------------------------- its ends
