@@ -326,7 +326,7 @@ def pools(ops: Operations, config: Config, output: str) -> None:
 @output_option
 @_with_operations
 def hosts(ops: Operations, config: Config, output: str) -> None:
-    """List the Docker hosts: alive or not, their own addresses, their alarms."""
+    """List the Docker hosts: alive, or since when not, their own addresses, their alarms."""
     lines = ops.hosts()
     if output == "json":
         _json(
@@ -337,6 +337,7 @@ def hosts(ops: Operations, config: Config, output: str) -> None:
                     "since": each.alive.since if each.alive else "",
                     "leases": each.leases,
                     **({k: v for k, v in plain(each.host).items() if k != "host"} if each.host else {}),
+                    "absent": each.absent,
                 }
                 for each in lines
             ]
@@ -347,7 +348,7 @@ def hosts(ops: Operations, config: Config, output: str) -> None:
         (
             [
                 each.name,
-                "yes" if each.alive else "NO",
+                "yes" if each.alive else f"NO since {each.absent}" if each.absent else "NO",
                 str(each.leases),
                 each.host.version if each.host else "",
                 each.host.joined if each.host else "",
@@ -361,6 +362,31 @@ def hosts(ops: Operations, config: Config, output: str) -> None:
             click.echo(_clean(f"ALARM on {each.name}: {alarm}"))
     if not lines:
         click.echo("no hosts: no daemon has reached this etcd yet", err=True)
+
+
+@cli.group("host")
+def one_host() -> None:
+    """Do something about one Docker host."""
+
+
+@one_host.command()
+@click.argument("name", metavar="NAME")
+@click.option("--force", is_flag=True, help="The machine is off: also free what cannot be proven, and its standby.")
+@click.option(
+    "--wait", type=click.IntRange(10, 3600), default=300, show_default=True, help="How long to wait, in seconds."
+)
+@_with_operations
+def retire(ops: Operations, config: Config, name: str, force: bool, wait: int) -> None:
+    """Free the addresses of a host that is gone: those that stay silent when the living hosts ask the wire.
+
+    What answers is never freed. Exit status 1 when an address stays taken.
+    """
+    freed = 0
+    for each in ops.retire(name, force, wait):
+        where = f"{each.address} in segment {each.segment}"
+        freed += not each.why
+        click.echo(_clean(f"{where} stays taken: {each.why}" if each.why else f"{where} is free"))
+    click.echo(f"host {name} is out of the register; addresses freed: {freed}")
 
 
 @cli.command()
@@ -822,7 +848,7 @@ def _give_back_standby(config_path: str | None) -> Iterator[str]:
         )
         return
     if count:
-        yield f"standby addresses of host {host} given back: {count}"
+        yield f"standby and held addresses of host {host} given back: {count}"
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

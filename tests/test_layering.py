@@ -38,17 +38,25 @@ ALLOWED = {
     "journal": {"addresses", "errors", "model"},
     "outage": {"addresses", "errors", "journal", "model"},
     "claims": {"addresses", "decisions", "errors", "etcd", "ledger", "model", "neighbourhood", "outage", "view"},
+    "holds": {"addresses", "decisions", "errors", "evidence", "ledger", "model", "view"},
     "standby": {"addresses", "claims", "errors", "ledger", "model", "neighbourhood", "view", "wire"},
     "register": {
         "addresses", "claims", "decisions", "errors", "etcd", "journal", "ledger", "model", "neighbourhood", "outage",
         "protocol", "view",
     },
+    "reconcile": {
+        "addresses", "claims", "decisions", "errors", "evidence", "ledger", "model", "neighbourhood", "register",
+        "view",
+    },
+    "retirement": {"decisions", "model"},
+    "retire": {"addresses", "errors", "etcd", "ledger", "model", "neighbourhood", "retirement", "view"},
     "operations": {"addresses", "check", "errors", "etcd", "model"},
     "host": {"errors", "etcd", "interfaces", "model", "register", "view"},
     "app": {"errors", "metrics", "model", "protocol"},
     "daemon": {
-        "addresses", "app", "claims", "config", "embedded_etcd", "errors", "etcd", "host", "interfaces", "journal",
-        "ledger", "metrics", "model", "neighbourhood", "outage", "register", "standby", "vendors", "view", "wire",
+        "addresses", "app", "claims", "config", "dockerd", "embedded_etcd", "errors", "etcd", "holds", "host",
+        "interfaces", "journal", "ledger", "metrics", "model", "neighbourhood", "outage", "reconcile", "register",
+        "retire", "standby", "vendors", "view", "wire",
     },
     "cli": {
         "addresses", "check", "config", "daemon", "dockerd", "errors", "evidence", "host", "install", "model",
@@ -85,6 +93,8 @@ OWNERS = {
         "operations",
         "protocol",
         "register",
+        "retire",
+        "retirement",
     },
 }
 
@@ -96,7 +106,8 @@ PURE = {
     "model": {"collections", "dataclasses", "datetime", "functools", "re", "typing"},
     "protocol": {"enum", "re", "typing"},
     "decisions": {"collections", "enum", "ipaddress", "typing"},
-    "evidence": {"collections", "typing"},
+    "evidence": {"collections", "enum", "typing"},
+    "retirement": {"collections", "typing"},
     "check": {"collections", "datetime", "typing"},
 }
 CLOCKS = {"now", "utcnow", "today", "time", "monotonic"}

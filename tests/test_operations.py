@@ -200,6 +200,44 @@ def test_hosts(run: Run, lan: Lan, a: Host) -> None:
     assert found["b"]["addresses"][0]["interface"] == "br0"
 
 
+def test_hosts_that_are_absent(run: Run, lan: Lan) -> None:
+    """Since when, as the living ones wrote it down; one that is there again is not absent, whatever its record says."""
+    since = "2026-11-22T10:00:00.000Z"
+    for name in ("b", "c"):
+        lan.put(KEYS.host(name), encode(HostRecord(host=name, absent=since)))
+    lan.put(KEYS.heartbeat("c"), encode(Alive(host="c", machine_id="m", boot_id="b", process="p")))
+    assert [row[:4] for row in lines(run("hosts").out)[1:]] == [["b", "NO", "since", since], ["c", "yes", "0"]]
+    found = {each["host"]: each["absent"] for each in run("hosts", "-o", "json").json}
+    assert found == {"b": since, "c": ""}
+
+
+def test_host_retire_says_what_becomes_of_each_address(run: Run, lan: Lan, a: Host) -> None:
+    """A line each, and status 1 as long as something stays."""
+    a.create()
+    lan.put(KEYS.heartbeat("a"), encode(Alive(host="a", machine_id="m", boot_id="b", process="p")))
+    lan.put(KEYS.host("b"), encode(HostRecord(host="b")))
+    lease = Lease("endpoint", host="b", pool="default/192.168.1.0/24", token="t")
+    for address in ("192.168.1.50", "192.168.1.51"):
+        lan.put(KEYS.lease("default", parse_address(address)), encode(lease))
+    a.retire()
+    told = run("host", "retire", "b")  # the register alone decides on this host's LAN
+    assert told.status == 1
+    assert {line.partition(":")[0] for line in told.out.splitlines()} == {
+        "192.168.1.50 in segment default stays taken",
+        "192.168.1.51 in segment default stays taken",
+    }
+    assert "for 2 of its addresses stay taken" in told.err
+    told = run("host", "retire", "b", "--force")
+    assert (told.status, told.err) == (0, "")
+    assert sorted(told.out.splitlines()) == [
+        "192.168.1.50 in segment default is free",
+        "192.168.1.51 in segment default is free",
+        "host b is out of the register; addresses freed: 2",
+    ]
+    assert run("host", "retire", "b").status == 1
+    assert run("host", "retire", "a", "--force").status == 1
+
+
 # ----------------------------------------------------------------------------------------------- changing
 
 
@@ -435,13 +473,14 @@ def test_uninstall_gives_this_hosts_standby_back(uninstall: Callable[[], list[st
         "default/192.168.1.3": standby,
         "default/fd00::3": standby,
         "lab/192.168.1.3": standby,
+        "lab/192.168.1.4": standby | {"kind": "held"},
         "default/192.168.1.4": standby | {"host": "b"},
         "default/192.168.1.5": standby | {"kind": "endpoint"},
         "default/192.168.1.6": standby | {"kind": "conflict", "host": "", "by": "a"},
     }.items():
         lan.put(f"{KEYS.leases}{place}", json.dumps(lease))
     lan.put(f"{KEYS.leases}default/192.168.1.7", "junk")
-    assert uninstall() == ["standby addresses of host a given back: 3"]
+    assert uninstall() == ["standby and held addresses of host a given back: 4"]
     left = [key.removeprefix(KEYS.leases) for key in sorted(lan.keys())]
     assert left == [f"default/192.168.1.{number}" for number in (4, 5, 6, 7)]
 
