@@ -827,6 +827,15 @@ def test_check_is_never_silent(
         assert told.status == 1
         assert "not compared: the wire: the cable is out" in told.out
         assert "0 repaired" in told.err
+    for report in (
+        scan.Report({}, {}, 1, "br0 was disturbed"),
+        scan.Report({parse_address(gone): ["66:66:66:66:66:66"]}, {"66:66:66:66:66:66": 5}, 1, ""),  # proxy ARP
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(scan, "ask", lambda *_, of=report, **__: of)
+            told = run("check", "--repair")
+        assert "whether it answers cannot be told" in told.out
+        assert "0 repaired" in told.err
     docker.look_of = None
     told = run("check", "--repair")
     assert told.status == 1
