@@ -264,14 +264,19 @@ class Lease(msgspec.Struct, frozen=True, omit_defaults=True):
     change: str = ""
     vendor: str = ""  # kind conflict: who made that MAC, where known
     fixed: bool = False  # kinds endpoint and held: its container asks for it by `--ip`
+    # Kinds endpoint and held: its container is told from others when it asks again, because the request had its name
+    # (engines from 29 on) or a MAC that an ended lease had before (Docker's random ones are new each time).
+    known: bool = False
     until: str = ""  # kind held: when the hold ends
 
     def told(self) -> str:
         """Who has it, for a sentence."""
         who = f"host {self.host}" if self.host else ""
-        if self.kind == ENDPOINT:
+        if self.kind in (ENDPOINT, HELD):
             name = f"container {self.container.name}" if self.container and self.container.name else "a container"
             who = f"{name} on {who}" if who else name
+            if self.kind == HELD:
+                return f"a hold for {who} until {self.until or 'an unknown time'}, stopped" + self._when()
             return who + (f" (MAC {self.mac})" if self.mac else "") + self._when()
         if self.kind == HOST:
             where = f" ({self.interface}, MAC {self.mac})" if self.mac else ""
@@ -365,6 +370,63 @@ class Alive(msgspec.Struct, frozen=True, omit_defaults=True):
     version: str = ""
 
 
+def marked_absent(record: bytes, since: str) -> bytes:
+    """The record of a host with since when it is absent; all else stays, also what this version does not know.
+
+    Raises ValueError when it is no record of a host.
+    """
+    decode(record, Host)
+    return msgspec.json.encode({**msgspec.json.decode(record), "absent": since})
+
+
+class Order(msgspec.Struct, frozen=True, omit_defaults=True):
+    """That a host is to be retired. It is never changed: what frees an address compares its revision."""
+
+    host: str
+    by: str  # who says so
+    since: str
+    token: str
+    force: bool = False  # the machine is off: also what cannot be proven is freed
+    policy: bool = False  # `retire_after` of a living host says so, nobody waits for the end
+
+
+class Kept(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An address that a retired host keeps, and why."""
+
+    segment: str
+    address: str
+    why: str
+
+
+class Part(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How far one living daemon got with its part of an order: the addresses of one subnet, or what comes last."""
+
+    by: str  # the host that carries it out
+    done: bool = False
+    freed: tuple[str, ...] = ()
+    kept: tuple[Kept, ...] = ()
+    more: int = 0  # so many others stay, which are not told
+    forgotten: bool = False  # the host's record is deleted
+
+
+class LostLease(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An address that was a retired host's."""
+
+    segment: str
+    address: str
+    kind: str
+    token: str
+    when: str
+    container: str = ""  # its name
+
+
+class Lost(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a retired host has lost, oldest first."""
+
+    leases: tuple[LostLease, ...] = ()
+    more: int = 0  # so many before them, which are forgotten
+
+
 class PoolUse(msgspec.Struct, frozen=True, omit_defaults=True):
     """That a host uses a pool: how many of its networks, and the options they were asked with."""
 
@@ -416,6 +478,11 @@ def remember(history: History, lease: Lease, why: str, now: datetime.datetime) -
 def rfc3339(moment: datetime.datetime) -> str:
     """UTC with milliseconds, as it stands in etcd."""
     return moment.astimezone(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def later(moment: str, seconds: float) -> str:
+    """The time `seconds` after a moment, both as they stand in etcd."""
+    return rfc3339(datetime.datetime.fromisoformat(moment) + datetime.timedelta(seconds=seconds))
 
 
 def parse_time(text: str) -> float | None:
@@ -511,8 +578,12 @@ class Keys:
         return f"{self.wanted}{segment}/{address}/{host}"
 
     def retire(self, host: str) -> str:
-        """The order to retire a host, and how far it got."""
+        """The order to retire a host."""
         return f"{self.retiring}{host}"
+
+    def retire_part(self, host: str, part: str) -> str:
+        """How far a part of that order got: SEGMENT/SUBNET, or `end`."""
+        return f"{self.retiring}{host}/{part}"
 
     def lost(self, host: str) -> str:
         """What a retired host has lost, for when it returns."""

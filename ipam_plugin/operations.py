@@ -6,6 +6,7 @@ Every change is one transaction on what was read, like the daemon's own.
 from __future__ import annotations
 
 import datetime
+import math
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -14,11 +15,13 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import msgspec
 
 from ipam_plugin.addresses import Address, Network, Range, address_of, parse_address, parse_range
+from ipam_plugin.check import PoolKey, Register, Repair
 from ipam_plugin.errors import AddressTaken, Refused
 from ipam_plugin.etcd import Commit, Delete, KeyValue, Put
 from ipam_plugin.model import (
     CONFLICT,
     ENDPOINT,
+    HELD,
     RESERVED,
     STANDBY,
     UNREADABLE,
@@ -27,6 +30,8 @@ from ipam_plugin.model import (
     Host,
     Keys,
     Lease,
+    Order,
+    Part,
     Pool,
     PoolUse,
     Reservation,
@@ -41,6 +46,9 @@ from ipam_plugin.model import (
 )
 
 PATIENCE = 10.0  # seconds for one question to etcd
+LOOK_AGAIN = 0.3  # seconds between two looks at how far an order got
+NOBODY = 30.0  # seconds after which an order that no daemon has begun is nobody's
+ORDER_OUTLIVES = 30  # seconds that an order may stand longer than its command waits, if that was killed
 
 
 class Store(Protocol):
@@ -51,6 +59,16 @@ class Store(Protocol):
     def commit(
         self, expect: Mapping[str, int], writes: Sequence[Put | Delete], *, deadline: float, proof: str | None = None
     ) -> Commit: ...
+    def grant_ttl(self, seconds: int, *, deadline: float) -> int: ...
+    def revoke(self, lease: int, *, deadline: float) -> None: ...
+
+
+class Settled(NamedTuple):
+    """What became of an address of a host that is being retired."""
+
+    segment: str
+    address: str
+    why: str  # it stays taken; '' when it is free now
 
 
 class Found(NamedTuple):
@@ -73,6 +91,11 @@ class HostLine(NamedTuple):
     alive: Alive | None
     host: Host | None
     leases: int
+
+    @property
+    def absent(self) -> str:
+        """Since when it is not alive, '' where it is or where nobody has noticed yet."""
+        return "" if self.alive or self.host is None else self.host.absent
 
 
 class PoolLine(NamedTuple):
@@ -247,7 +270,49 @@ class Operations:
             alive,
         )
 
+    def register(self) -> Register:
+        """All of it that is compared with Docker and the wire."""
+        found = {each.key: self._found(each) for each in self._list(self._keys.leases)}
+        hosts = {each.key.removeprefix(self._keys.hosts): each.value for each in self._list(self._keys.hosts)}
+        pools = []
+        for each in self._list(self._keys.pools):
+            pool_id, _, host = each.key.removeprefix(self._keys.pools).rpartition("/")
+            pools.append(PoolKey(each.key, each.revision, pool_id, _pool(pool_id), host, _read(each.value, PoolUse)))
+        return Register(
+            leases=[each for each in found.values() if each is not None],
+            strays=[key for key, each in found.items() if each is None],
+            pools=pools,
+            hosts={name: _read(value, Host) or Host(name) for name, value in hosts.items()},
+            alive=frozenset(each.key.removeprefix(self._keys.alive) for each in self._list(self._keys.alive)),
+            settings=self.segments(),
+        )
+
     # ------------------------------------------------------------------------------------ changing
+
+    def mend(self, repair: Repair, why: str) -> bool:
+        """Carry out what a comparison proposes. False, and nothing was written, when the key has changed since."""
+        expect = {repair.key: repair.revision}
+        writes: list[Put | Delete] = []
+        value = repair.value
+        fresh = secrets.token_urlsafe(12)
+        if isinstance(value, PoolUse):
+            writes.append(Put(repair.key, encode(msgspec.structs.replace(value, token=fresh))))
+        elif value is not None:
+            # What is changed keeps its token, which a release compares.
+            named = {"change": fresh} if value.token else {"token": fresh}
+            writes.append(Put(repair.key, encode(msgspec.structs.replace(value, **named))))
+        else:
+            writes.append(Delete(repair.key))
+        if repair.ended is not None and repair.ended.kind != STANDBY:  # that was given to nobody
+            segment, taken = segment_and_taken(repair.key.removeprefix(self._keys.leases))
+            assert not isinstance(taken, Range)
+            past_key = self._keys.past(segment, taken)
+            found, _ = self._etcd.get_many([past_key], deadline=_deadline())
+            known = found[past_key]
+            expect[past_key] = known.revision if known else 0
+            past = _read(known.value if known else None, History) or History()
+            writes.append(Put(past_key, encode(remember(past, repair.ended, why, datetime.datetime.now(datetime.UTC)))))
+        return self._commit(expect, writes, proof=repair.key if value is not None else None)
 
     def reserve(self, what: Range, segment: str, note: str) -> list[Found]:
         """Keep an address, or a range, for something else. Returns the leases that are in the range already.
@@ -348,13 +413,91 @@ class Operations:
         raise AssertionError("unreachable")
 
     def give_back_standby(self, host: str) -> int:
-        """Free what a host's daemon had claimed ahead of need, when it is gone for good. Returns how many it was.
+        """Free what a host's daemon claimed ahead of need or keeps for stopped containers, when it is gone for good.
+        Returns how many it was.
 
-        It was given to nobody, so nothing is said of it in the history. One that has changed since it was read (a
-        container has got it) stays.
+        Nobody has it, and whoever had it stands in the history. One that has changed since it was read (a container
+        has got it) stays.
         """
-        own = [each for each in self.leases() if each.lease.kind == STANDBY and each.lease.host == host]
+        own = [each for each in self.leases() if each.lease.kind in (STANDBY, HELD) and each.lease.host == host]
         return sum(self._commit({each.key: each.revision}, [Delete(each.key)]) for each in own)
+
+    def retire(self, name: str, force: bool, wait: float) -> Iterator[Settled]:
+        """Have the living daemons free what a dead host had; each address as it is settled, for `wait` seconds.
+
+        Raises Refused at once for a host that is alive, unknown, or being retired, and in the end where something
+        stays. Whoever stops to iterate takes the order back.
+        """
+        ttl = self._order(name, force, wait)
+        try:
+            yield from self._follow(name, ttl, wait)
+        finally:
+            self._etcd.revoke(ttl, deadline=_deadline())
+
+    def _order(self, name: str, force: bool, wait: float) -> int:
+        """The order, written: the TTL lease that it is bound to."""
+        keys = self._keys
+        order = Order(name, self._who, _now(), secrets.token_urlsafe(12), force)
+        while True:
+            lines = {line.name: line for line in self.hosts()}
+            if name not in lines:
+                known = ", ".join(sorted(lines)) or "none"
+                raise Refused(f"there is no host {name} in the register; known are: {known}")
+            watched = (keys.retire(name), keys.heartbeat(name), keys.host(name))
+            found, _ = self._etcd.get_many(watched, deadline=_deadline())
+            standing, beat = found[watched[0]], found[watched[1]]
+            if beat is not None:
+                alive = _read(beat.value, Alive)
+                raise Refused(
+                    f"host {name} is alive{f', its daemon runs since {alive.since}' if alive else ''}: only a host that"
+                    " is gone is retired. Stop its daemon; of one that crashed or was cut off, that is known 30 s later"
+                )
+            if not any(line.alive for line in lines.values()):
+                raise Refused(f"no daemon is alive that could ask the wire for what host {name} had: nothing was freed")
+            if standing is not None:
+                other = _read(standing.value, Order)
+                if other is None or not other.policy:
+                    by = f", by {other.by} since {other.since}" if other else ""
+                    raise Refused(f"host {name} is being retired already{by}; wait for the end of that")
+                self._etcd.revoke(standing.lease, deadline=_deadline())
+                continue
+            ttl = self._etcd.grant_ttl(math.ceil(wait) + ORDER_OUTLIVES, deadline=_deadline())
+            expect = {key: each.revision if each else 0 for key, each in found.items()}
+            if self._commit(expect, [Put(keys.retire(name), encode(order), ttl)], proof=keys.retire(name)):
+                return ttl
+
+    def _follow(self, name: str, ttl: int, wait: float) -> Iterator[Settled]:
+        began = time.monotonic()
+        order, own = self._keys.retire(name), self._keys.retire_part(name, "")
+        told: set[Settled] = set()
+        while True:
+            found = {each.key: each for each in self._list(order)}
+            parts = {
+                key.removeprefix(own): part
+                for key, each in found.items()
+                if key.startswith(own) and (part := _read(each.value, Part))
+            }
+            for where, part in parts.items():
+                settled = [Settled(where.partition("/")[0], address, "") for address in part.freed]
+                settled += [Settled(each.segment, each.address, each.why) for each in part.kept if part.done]
+                for each in settled:
+                    if each not in told:
+                        told.add(each)
+                        yield each
+            last = parts.get("end")
+            if last is not None and last.done:
+                if not last.forgotten:
+                    stays = sum(len(part.kept) + part.more for part in parts.values())
+                    raise Refused(f"host {name} stays in the register, for {stays} of its addresses stay taken")
+                return
+            if order not in found or found[order].lease != ttl:
+                raise Refused(f"host {name} is there again, or the order was taken back: nothing more is freed")
+            waited = time.monotonic() - began
+            if not parts and waited > NOBODY:
+                raise Refused(f"no daemon began to retire host {name} within {NOBODY:g} s: nothing was freed")
+            if waited > wait:
+                raise Refused(f"host {name} is not retired within {wait:g} s: what was not told yet stays taken")
+            time.sleep(LOOK_AGAIN)
 
     def change_segment(self, segment: str, change: Callable[[SegmentSettings], SegmentSettings]) -> SegmentSettings:
         """Change the settings of a segment for all hosts. What cannot be read is not overwritten."""
