@@ -174,7 +174,11 @@ class Reconciler:
                 max(0.0, end - time.monotonic()),
             )
             look, kept = self._last, self._kept
-        if look is None or look.began <= asked:
+            not_shown_yet = self._expected.get((pool.segment, address), -math.inf) > self._failed
+        if look is None or look.began <= asked or not_shown_yet:
+            # A container that has just got it need not be in the list yet: the engine makes its endpoint from our
+            # answer, and only for one network at a time does it wait for that. (What was under way is over where
+            # dockerd did not answer since.)
             return False
         held = Held(pool.segment, address, lease)
         silence = evidence.silence_needed(look, held, kept)

@@ -53,6 +53,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ipam_plugin.reconcile.SOON", 0.01)
     monkeypatch.setattr("ipam_plugin.reconcile.PERIOD", 0.02)
     monkeypatch.setattr("ipam_plugin.reconcile.AWAY", 0.01)
+    monkeypatch.setattr("ipam_plugin.reconcile.SHOWS_WITHIN", 0.0)
 
 
 def test_libnetwork_1207_a_vanished_containers_address_is_freed() -> None:
@@ -318,6 +319,21 @@ def test_it_is_not_taken_over_without_proof(why: str) -> None:
         now = lan.lease(address)
         assert now
         assert now.token == before.token
+
+
+def test_what_another_container_has_just_got_is_not_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dockerd does not list it before it has made an endpoint of our answer (P1). A crash meanwhile ends that."""
+    monkeypatch.setattr("ipam_plugin.reconcile.SHOWS_WITHIN", 20.0)
+    with Lan() as lan:
+        a, pool = host(lan, grace=300)
+        address = orphan(lan, a, pool)
+        a.reconcile()
+        assert "is taken" in a.endpoint(pool, address).error
+        a.engine.trouble = "dockerd does not answer"
+        until(lambda: a.reconciler.looks["failed"] > 1, "dockerd is down")
+        a.engine.trouble = ""
+        looks(a)
+        assert a.endpoint(pool, address).ok["Address"] == f"{address}/24"
 
 
 def test_only_a_look_that_began_after_the_request_counts() -> None:
