@@ -476,8 +476,8 @@ class Register:
                     slot = self._claims.make_room(pool, full, deadline)
             else:
                 address = slot.address
-        except EtcdUnavailable as error:
-            raise EtcdUnavailable(
+        except (EtcdUnavailable, OutcomeUnknown) as error:
+            raise type(error)(
                 f"pool {pool}: {error}, and of the addresses that host {self._host} had in standby for such a time"
                 " none is left"
             ) from error
