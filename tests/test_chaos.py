@@ -1,7 +1,7 @@
 """Everything dies at random while containers come and go; afterwards every address is truly held, or free.
 
 Three hosts with a member of etcd on each. What happens is written down all the time, and `custody` judges it: by every
-write in etcd, and by the containers that the kernel knows. It takes IPAM_CHAOS_SECONDS (240), and then as long as the
+write in etcd, and by the containers that the kernel knows. It takes IPAM_CHAOS_SECONDS (180), and then as long as the
 addresses of what has died take to come back. IPAM_CHAOS_SEED repeats the order of faults and commands that a run has
 printed; what they meet is each time something else.
 """
@@ -28,7 +28,7 @@ from tests.lab import ROUTER4, SUBNET4, CommandTimeout, Host, Lab, LabError, unt
 
 pytestmark = [pytest.mark.root, pytest.mark.engine, pytest.mark.etcd]
 
-SECONDS = float(os.environ.get("IPAM_CHAOS_SECONDS", "240"))
+SECONDS = float(os.environ.get("IPAM_CHAOS_SECONDS", "180"))
 SEED = os.environ.get("IPAM_CHAOS_SEED", "")
 GRACE = 30  # docker.grace, the least there is
 # In which an address without an owner is free again: the promise is 10 minutes with the default grace of 5.
@@ -165,11 +165,12 @@ class Chaos:
 
     def _hit(self, kind: str, host: Host) -> Callable[[], None]:
         """Breaks it, and returns how it is mended."""
-        absences = ExitStack()
+        absences, silence = ExitStack(), ExitStack()
         member = host.etcd
         assert member is not None
         if kind in ("daemon", "both", "power", "cable"):
-            absences.enter_context(self._recorder.absent("daemon", host.name))
+            # It ends when the daemon is let at its work again, not when all is up: what it frees then it frees itself.
+            silence.enter_context(self._recorder.absent("daemon", host.name))
         if kind in ("dockerd", "both", "power"):
             absences.enter_context(self._recorder.absent("dockerd", host.name))
         if kind in ("power", "member", "leader", "paused leader", "cable"):
@@ -182,17 +183,25 @@ class Chaos:
         def boot() -> None:
             host.boot()
             member.launch()
-            host.start_daemon()
+            start()
             engine()
 
         def both() -> None:
-            host.start_daemon()
+            start()
             engine()
+
+        def start() -> None:
+            silence.close()
+            host.start_daemon()
+
+        def rejoin() -> None:
+            silence.close()
+            host.rejoin()
 
         match kind:
             case "daemon":
                 host.kill("daemon")
-                mend = host.start_daemon
+                mend = start
             case "dockerd":
                 host.kill("dockerd")
                 mend = engine
@@ -211,7 +220,7 @@ class Chaos:
                 mend = member.cont
             case _:
                 host.cut_off()
-                mend = host.rejoin
+                mend = rejoin
 
         def mended() -> None:
             with absences:
