@@ -381,7 +381,7 @@ def test_a_machine_that_takes_a_containers_address(lan: Lab, how: str) -> None:
     network(host, "192.168.77.192/28")
     address = start(host, "web")
     [live] = [each for each in host.live() if each.address == address]
-    before = leases(lan)[address]
+    before = leases(lan)[address]["token"]
     since = Growth(host)
     laptop.add_address(address)
     if how == "announce":
@@ -397,7 +397,7 @@ def test_a_machine_that_takes_a_containers_address(lan: Lab, how: str) -> None:
         assert part in alarm
     assert since.raised("address_used_twice") >= 1
     until(lambda: laptop.mac in host.command("hosts"), 5, "the alarm is at the host's record")
-    assert leases(lan)[address] == before
+    assert leases(lan)[address]["token"] == before
 
 
 def test_stale_neighbours_learn_the_new_container(lan: Lab) -> None:
@@ -629,7 +629,7 @@ def test_an_address_that_a_dead_host_kept_ready(lan: Lab) -> None:
     for host in lan.hosts:
         network(host, "192.168.77.80/28")
     address = sorted(stocked(lan, second))[0]
-    before = leases(lan)[address]
+    before = leases(lan)[address]["token"]
     second.kill("daemon")
     try:
         alive = f"/ipam-plugin/v1/alive/{second.name}"
@@ -642,7 +642,7 @@ def test_an_address_that_a_dead_host_kept_ready(lan: Lab) -> None:
             said = failed(first, *words(first, address))
             assert address in said, way
             assert second.name in said, way
-            assert leases(lan)[address] == before, way
+            assert leases(lan)[address]["token"] == before, way
     finally:
         second.start_daemon()
     stocked(lan, second)
