@@ -61,8 +61,8 @@ class Sample(NamedTuple):
 class Absence(NamedTuple):
     """A time in which a host (`''`: every host) could not do its part.
 
-    `daemon`: nothing of it reached etcd (killed, off, cut off). `dockerd`: its Docker could not be asked. `etcd`:
-    etcd itself was away or halting.
+    `daemon`: from beginning to end nothing that it did could reach etcd (killed, off, cut off). `dockerd`: its Docker
+    could not be asked. `etcd`: etcd itself was away or halting.
     """
 
     what: Literal["daemon", "dockerd", "etcd"]

@@ -235,7 +235,7 @@ def test_everything_dies_at_random(lan: Lab) -> None:
     command hung (P6). Once everything is mended, every running container has exactly one lease, and no lease is
     without an owner for longer than its bound (P5)."""
     seed = SEED or str(random.SystemRandom().randrange(10**6))
-    print(f"IPAM_CHAOS_SEED={seed} IPAM_CHAOS_SECONDS={SECONDS:g}")
+    print(f"\nIPAM_CHAOS_SEED={seed} IPAM_CHAOS_SECONDS={SECONDS:g}")
     with Recorder(lan) as recorder:
         ended = threading.Event()
         users = [Users(host, seed, ended) for host in lan.hosts]
@@ -270,7 +270,10 @@ def test_everything_dies_at_random(lan: Lab) -> None:
         recorder.say(f"waited {time.monotonic() - mended:.0f} s for rest")
         history = recorder.history()
         recorder.say(f"{len(history.writes)} writes, {len(history.samples)} samples")
-        assert [*violations(history, within=BOUND, standby=STANDBY), *unsettled(history, standby=STANDBY)] == []
+        found = [*violations(history, within=BOUND, standby=STANDBY), *unsettled(history, standby=STANDBY)]
+        for sentence in found:
+            recorder.say(sentence)
+        assert found == []
         assert_register_agrees(lan)
 
         # All this can be seen: one lease is taken from a container, and given back at once.
