@@ -1,6 +1,6 @@
 """etcd goes down under real Docker Engines: what still works, and that both agree when it is back.
 
-See test_long_absence.py for one that halts, and for hosts that are cut off. IPAM_OUTAGE_SECONDS says how long it is down.
+See test_long_absence.py for one that halts and for hosts that are cut off. IPAM_OUTAGE_SECONDS: how long it is down.
 """
 
 from __future__ import annotations
