@@ -172,12 +172,12 @@ def test_a_daemon_that_is_restarted_is_not_absent(lan: _Lan, monkeypatch: pytest
     monkeypatch.setattr(retire, "SETTLING", 3600.0)
     a = lan.living("a")
     lan.record("b")
+    before = lan.value(KEYS.host("b"))
     a.catch_up()
     a.retirer.look()
     monkeypatch.setattr(retire, "SETTLING", 0.0)
     lan.beat("b")
     a.catch_up()
-    before = lan.value(KEYS.host("b"))
     for _ in range(3):
         a.retirer.look()
     assert lan.value(KEYS.host("b")) == before
