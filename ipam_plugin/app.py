@@ -71,12 +71,13 @@ def status_of(error: IpamError) -> int:
 
 def create_app(
     register: Register,
-    wait_until_serving: Callable[[float], None],
+    admit: Callable[[float], float],
     *,
-    time_limit: float,
     metrics: Metrics,
 ) -> flask.Flask:
-    """The seven endpoints. `time_limit`: seconds from a request's arrival to its answer, at most."""
+    """The seven endpoints. `admit`: from a request's arrival to its deadline, in monotonic seconds; it returns when
+    the request may be served, and raises NotServing.
+    """
     app = flask.Flask("ipam_plugin", static_folder=None)
     waiting = threading.BoundedSemaphore(WAITING)
 
@@ -92,8 +93,7 @@ def create_app(
             try:
                 asked = protocol.decode(_body(), kind)
                 with metrics.waiting.track_inprogress():
-                    wait_until_serving(arrival + time_limit)
-                    status, body, said = 200, operation(asked, arrival + time_limit), ""
+                    status, body, said = 200, operation(asked, admit(arrival)), ""
             finally:
                 waiting.release()
         except IpamError as error:

@@ -17,7 +17,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import NamedTuple
 
 from ipam_plugin import decisions
@@ -35,10 +35,10 @@ from ipam_plugin.errors import (
 )
 from ipam_plugin.etcd import Delete, Put
 from ipam_plugin.ledger import Ledger
-from ipam_plugin.model import CONFLICT, STANDBY, Keys, Lease, Pool, encode, read_lease
+from ipam_plugin.model import CONFLICT, HELD, STANDBY, Container, Keys, Lease, Pool, encode, read_lease
 from ipam_plugin.neighbourhood import Look, Neighbourhood, Verdict
 from ipam_plugin.outage import Outage
-from ipam_plugin.view import View
+from ipam_plugin.view import Held, View
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ OURS_FOR = 120.0  # seconds for which an address is left alone that answered tho
 UNDO_PATIENCE = 2.0  # seconds for taking a claim back; the keeper does what does not come about
 REFUSAL_LEAVES = 0.3  # seconds of the deadline for taking back what asked for it
 ASKING_LEAVES = 2.0  # seconds of the deadline for what follows once standby was given back
+STANDBY_PATIENCE = 2.0  # seconds that other hosts have for their standby, before a hold gives way
 WANTED_GRACE = 5  # seconds that a `wanted` key may outlive the request that wrote it
 
 
@@ -59,6 +60,7 @@ class Slot(NamedTuple):
     token: str
     looked: float  # when the wire was asked last, monotonic seconds
     unproven: str = ""  # why that look proved nothing
+    held: Lease | None = None  # what makes it this host's, if not standby: it is kept for a container that stopped
 
 
 class Stock:
@@ -214,6 +216,11 @@ def _fits(pool: Pool, slot: Slot) -> bool:
     )
 
 
+def _kept(pool: Pool, held: Held) -> Slot:
+    """A claim of this host's already. Nothing has to be written before the wire is asked, nothing when it answers."""
+    return Slot(pool, held.address, held.revision, held.lease.token, looked=-math.inf, held=held.lease)
+
+
 class Claims:
     """Claims addresses for this host and asks the wire for them. Deadlines are of time.monotonic(), seconds.
 
@@ -247,6 +254,7 @@ class Claims:
         self._wanted_revisions: dict[str, int] = {}  # `wanted` key -> as this host wrote it last
         self.conflicts = 0  # written
         self.unproven = 0  # handed out although the look proved nothing
+        self.is_ending: Callable[[str], bool] = lambda token: False  # whether the end of a hold was sent to etcd
         self.on_shortage: Callable[[], None] = lambda: None  # a request waits for standby
 
     @property
@@ -262,20 +270,34 @@ class Claims:
     def silent(self, pool: Pool, deadline: float) -> Slot:
         """An address that nobody uses: from the stock, or the next free one, looked at now.
 
-        Where nothing is free, standby of this host's other networks and of other hosts is asked for. Raises
-        PoolExhausted when there is none either, ProbeFailed when the wire proves nothing and the policy is to refuse.
+        Where nothing is free, `make_room` finds what can be spared. Raises PoolExhausted when nothing can, ProbeFailed
+        when the wire proves nothing and the policy is to refuse.
         """
         slot = self._stock.take(pool)
         while slot is None:
             try:
                 slot = self.find(pool, deadline)
             except PoolExhausted as full:
-                spare = self._stock.take_any(pool) or self._stock.take_looking(functools.partial(_fits, pool))
-                if spare is not None:
-                    slot = self.look_again(spare, deadline)
-                else:
-                    self._wait_for_standby(pool, full, deadline)
+                slot = self.make_room(pool, full, deadline)
         return slot
+
+    def returning(self, pool: Pool, mac: str, container: Container | None, deadline: float) -> Slot | None:
+        """The address that this host keeps for whoever asks, looked at now; None where there is none, or where
+        something of ours answers there."""
+        fitting = [
+            each
+            for each in self._view.held()
+            if each.segment == pool.segment and decisions.is_held_for(each.lease, pool, mac, container)
+        ]
+        return self._first_silent(pool, reversed(fitting), deadline)
+
+    def _first_silent(self, pool: Pool, held: Iterable[Held], deadline: float) -> Slot | None:
+        for each in held:
+            slot = _kept(pool, each)
+            looked = self._looked_at(slot, deadline) if self.asks_the_wire(pool) else slot
+            if isinstance(looked, Slot):
+                return looked
+        return None
 
     def this(
         self, pool: Pool, address: Address, decide: Callable[[Lease | None, Claim], Decision], deadline: float
@@ -284,7 +306,12 @@ class Claims:
         slot = self._stock.take_address(pool.segment, address)
         if slot is not None:
             return slot
-        slot, before = self._claim_this(pool, address, decide, deadline)
+        held = self._view.held_at(pool.segment, address)
+        if held is not None:
+            decide(held.lease, self._ledger.claim(pool, address))  # else refused
+            slot, before = _kept(pool, held), None
+        else:
+            slot, before = self._claim_this(pool, address, decide, deadline)
         looked = self._looked_at(slot, deadline, before=before)
         if isinstance(looked, Slot):
             return looked
@@ -317,7 +344,8 @@ class Claims:
             raise
         except BaseException:
             # One that was asked for by name may lie where no request without a name finds it.
-            if not (slot.pool.candidates.contains(slot.address) and self._stock.put(slot)):
+            ahead = slot.held is None and slot.pool.candidates.contains(slot.address)
+            if not (ahead and self._stock.put(slot)):
                 self._stock.let_go(slot.token)
             raise
         self._stock.let_go(slot.token)
@@ -337,7 +365,7 @@ class Claims:
                 self.give_back(slot, deadline)
                 return False
             claim = self._ledger.claim(pool, slot.address)
-            lease = lease_of(Lease(kind=STANDBY, host=self._host, token=slot.token), claim)
+            lease = lease_of(slot.held or Lease(kind=STANDBY, host=self._host, token=slot.token), claim)
             assert isinstance(lease, Lease)
             try:
                 if self._outage.lasts:
@@ -363,7 +391,11 @@ class Claims:
             slot = slot._replace(revision=there.revision)
 
     def _give_from_journal(self, pool: Pool, slot: Slot, lease: Lease) -> None:
-        """It is this host's in etcd, and nobody else takes it from there. Raises JournalFailed."""
+        """It is this host's in etcd, and nobody else takes it from there. Raises JournalFailed, or EtcdUnavailable
+        where etcd may yet carry out the end of a hold.
+        """
+        if slot.held is not None and self.is_ending(slot.token):
+            raise EtcdUnavailable(f"{slot.address} of pool {pool} may be free by now, and etcd does not say; try again")
         tokens = (slot.token, lease.token)
         self._stock.journalled(tokens)
         try:
@@ -516,6 +548,8 @@ class Claims:
             self._stock.let_go(slot.token)
 
     def _undo(self, slot: Slot, before: Lease | None, deadline: float) -> None:
+        if slot.held is not None:
+            return  # nothing was written: it is kept as before
         key = self._keys.lease(slot.pool.segment, slot.address)
         try:
             end = min(deadline, time.monotonic() + UNDO_PATIENCE)
@@ -543,15 +577,46 @@ class Claims:
 
     # ----------------------------------------------------------------------------- shortage, and the end
 
-    def _wait_for_standby(self, pool: Pool, full: PoolExhausted, deadline: float) -> None:
+    def make_room(self, pool: Pool, full: PoolExhausted, deadline: float) -> Slot | None:
+        """What can be spared where nothing is free, or None: look again, something has become free.
+
+        First what nobody waits for: standby, of this host's other networks and then of other hosts. Then the oldest
+        hold, this host's and then another's. Raises PoolExhausted, naming who keeps what is not given.
+        """
+        spare = self._stock.take_any(pool) or self._stock.take_looking(functools.partial(_fits, pool))
+        if spare is not None:
+            return self.look_again(spare, deadline)
+        held = [
+            each
+            for each in self._view.held()
+            if each.segment == pool.segment and self._view.may_have(pool, each.address)
+        ]
+        if not held:
+            self._wait_for_room(pool, full, deadline)
+            return None
+        if self._is_spared(pool, STANDBY):
+            with contextlib.suppress(PoolExhausted):
+                self._wait_for_room(pool, full, min(deadline, time.monotonic() + STANDBY_PATIENCE))
+                return None
+        slot = self._first_silent(pool, held, deadline)
+        if slot is None:
+            raise PoolExhausted(f"{full}; what is held for stopped containers answers on the wire")
+        assert slot.held is not None
+        log.info("%s of pool %s, %s, gives way: nothing else is free", slot.address, pool, slot.held.told())
+        return slot
+
+    def _is_spared(self, pool: Pool, *kinds: str) -> bool:
+        """Whether a host that lives, or this one, keeps something of these kinds in the pool."""
+        return any(
+            entry.host == self._host or self._view.is_alive(entry.host)
+            for _, entry in self._view.spare_in(pool, *kinds)
+        )
+
+    def _wait_for_room(self, pool: Pool, full: PoolExhausted, deadline: float) -> None:
         """Until something of the pool is free or in stock. Raises PoolExhausted, naming who keeps what is not."""
 
-        def living() -> list[str]:
-            return [
-                entry.host
-                for _, entry in self._view.standby_in(pool)
-                if entry.host == self._host or self._view.is_alive(entry.host)
-            ]
+        def living() -> bool:
+            return self._is_spared(pool, STANDBY, HELD)
 
         if living():
             with self._wanted(self._keys.want(pool, self._host), pool.id, deadline):
@@ -561,11 +626,13 @@ class Claims:
                 )
             if came:
                 return
-        others = sorted({entry.host for _, entry in self._view.standby_in(pool)})
-        gone = [host for host in others if host != self._host and not self._view.is_alive(host)]
-        late = [host for host in others if host not in gone]
-        more = f"; standby of {', '.join(gone)}, which cannot be reached, stays taken" if gone else ""
-        more += f"; standby of {', '.join(late)} was asked for and did not come back in time" if late else ""
+        more = ""
+        for kind, what in ((STANDBY, "standby"), (HELD, "what is held")):
+            others = sorted({entry.host for _, entry in self._view.spare_in(pool, kind)})
+            gone = [host for host in others if host != self._host and not self._view.is_alive(host)]
+            late = [host for host in others if host not in gone]
+            more += f"; {what} of {', '.join(gone)}, which cannot be reached, stays taken" if gone else ""
+            more += f"; {what} of {', '.join(late)} was asked for and did not come back in time" if late else ""
         raise PoolExhausted(f"{full}{more}")
 
     def ask_for(self, pool: Pool, address: Address, deadline: float) -> None:

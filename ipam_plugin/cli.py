@@ -12,7 +12,8 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,14 +26,18 @@ from rich.table import Table
 from rich.text import Text
 
 from ipam_plugin import __version__
+from ipam_plugin import check as checking
 from ipam_plugin.addresses import Address, Network, Range, parse_address, parse_network, parse_range
+from ipam_plugin.check import Difference, World
 from ipam_plugin.config import Config, find, load
-from ipam_plugin.errors import ConfigError, IpamError, Refused
+from ipam_plugin.errors import ConfigError, DockerUnavailable, IpamError, ProbeFailed, Refused
 from ipam_plugin.model import CONFLICT, KINDS, NAME, Keys, Lease, SegmentSettings
 from ipam_plugin.operations import Explanation, Known, Operations, plain
 from ipam_plugin.vendors import vendor_of
 
 if TYPE_CHECKING:
+    from ipam_plugin.dockerd import Dockerd
+    from ipam_plugin.evidence import Look as DockerLook
     from ipam_plugin.scan import Report, Target
 
 EMBEDDED_DATA = Path("/var/lib/ipam-plugin/etcd")
@@ -574,6 +579,201 @@ def _judged(
         )
 
 
+@cli.command()
+@click.option("--repair", "mend", is_flag=True, help="Mend what is provably safe, and say what is left.")
+@click.option("--rate", type=click.IntRange(1, MOST_RATE), default=100, show_default=True, help="Requests in a second.")
+@output_option
+@_with_operations
+def check(ops: Operations, config: Config, mend: bool, rate: int, output: str) -> None:
+    """Compare the register with Docker and the wire of this host, and say each difference with its cause and cure.
+
+    Needs root on a Docker host; no daemon has to run. Exit status 1 when anything was found, also when it was mended.
+    """
+    from ipam_plugin.dockerd import Dockerd
+
+    look = _Look(ops, config, _own_name(config), Dockerd(config.docker.socket), rate)
+    with contextlib.closing(look):
+        world = look.world()
+        found = checking.compare(world, look.keys)
+        mended = _mended(ops, look, world, found) if mend else set()
+    if output == "json":
+        _json(
+            [
+                {**{name: getattr(each, name) for name in _TOLD}, "repaired": number in mended}
+                for number, each in enumerate(found)
+            ]
+        )
+    else:
+        for number, each in enumerate(found):
+            where = f"{each.address or each.segment or 'host ' + world.host}: "
+            done = " REPAIRED." if number in mended else ""
+            click.echo(_clean(f"{where}{each.kind}: {each.what}. Cause: {each.cause}. Cure: {each.cure}.{done}"))
+    if not found:
+        click.echo("no differences", err=True)
+        return
+    left = len(found) - len(mended)
+    click.echo(f"{len(found)} found" + (f", {len(mended)} repaired, {left} left" if mend else ""), err=True)
+    sys.exit(1)
+
+
+_TOLD = ("segment", "address", "kind", "what", "cause", "cure")
+
+
+def _own_name(config: Config) -> str:
+    """The name under which this host is in the register, as its daemon has it."""
+    from ipam_plugin.host import StateDir
+
+    if config.host:
+        return config.host
+    name = StateDir(config.state_dir).read("host") if _is_there(Path(config.state_dir) / "host") else ""
+    if not name:
+        raise ConfigError(
+            f"host: no daemon has served here yet (there is no {config.state_dir}/host), so this host has no name in"
+            " the register; start the daemon, or name the host here"
+        )
+    return name
+
+
+def _mended(ops: Operations, look: _Look, world: World, found: Sequence[Difference]) -> set[int]:
+    """Which of the differences were repaired, by their place in the list."""
+    mended = {n for n, each in enumerate(found) if each.repair and not each.repair.twice and _mend(ops, each)}
+    again = {n: each for n, each in enumerate(found) if each.repair and each.repair.twice}
+    if not again or isinstance(world.engine, str):
+        return mended
+    left = max(0.0, checking.APART - (time.monotonic() - look.began))
+    click.echo(f"looking again in {left:.0f} s: only what is found twice is given back", err=True)
+    time.sleep(left)
+    second = look.world({(each.segment, each.address) for each in again.values()})
+    if isinstance(second.engine, str) or second.engine.id != world.engine.id:
+        return mended
+    later = checking.compare(second, look.keys)
+    for number, each in again.items():
+        same = next((one for one in later if one.same(each)), None)
+        if same is not None and _mend(ops, same):
+            mended.add(number)
+    return mended
+
+
+def _mend(ops: Operations, difference: Difference) -> bool:
+    assert difference.repair is not None
+    try:
+        return ops.mend(difference.repair, "found gone by check")
+    except IpamError as error:  # what was mended until now must be said all the same
+        click.echo(_clean(f"{difference.address or difference.kind} is not repaired: {error}"), err=True)
+        return False
+
+
+class _Look:
+    """Reads what is compared, all of it again with each call."""
+
+    def __init__(self, ops: Operations, config: Config, host: str, dockerd: Dockerd, rate: int) -> None:
+        self.keys = Keys(config.prefix)
+        self.began = 0.0  # the last look at Docker, in seconds of time.monotonic()
+        self._ops = ops
+        self._config = config
+        self._host = host
+        self._dockerd = dockerd
+        self._rate = rate
+
+    def close(self) -> None:
+        self._dockerd.close()
+
+    def world(self, only: Collection[tuple[str, str]] | None = None) -> World:
+        """The wire is asked for the addresses of `only`; None: for all that are in question.
+
+        Docker is looked at before and after all else, so that what begins or ends meanwhile is no difference.
+        """
+        from ipam_plugin import scan as scanning
+
+        before = self._docker()
+        register = self._ops.register()
+        try:
+            carried: Any = scanning.interfaces_of_this_machine()[0]
+        except ProbeFailed as error:
+            carried = str(error)
+        world = World(
+            host=self._host,
+            default_segment=self._config.segment,
+            segments=frozenset(self._config.segments),
+            grace=self._config.docker.grace,
+            now=time.time(),
+            register=register,
+            engine=before if isinstance(before, str) else checking.engine_between(before, before),
+            carried=carried,
+            wire={},
+            unheard=[],
+        )
+        places = [each for each in checking.places(world, self.keys) if only is None or (each[0], str(each[1])) in only]
+        wire, unheard = self._wire(world, places)
+        if not isinstance(before, str):
+            after = self._docker()
+            engine = after if isinstance(after, str) else checking.engine_between(before, after)
+            world = world._replace(engine=engine)
+        return world._replace(wire=wire, unheard=unheard, now=time.time())
+
+    def _docker(self) -> DockerLook | str:
+        try:
+            look = self._dockerd.look()
+        except DockerUnavailable as error:
+            return str(error)
+        self.began = look.began
+        return look
+
+    def _wire(
+        self, world: World, places: Sequence[checking.Place]
+    ) -> tuple[dict[checking.Place, checking.Answer], list[tuple[str, str]]]:
+        """Who answers, and the segments of which that is not known, with the reason."""
+        from ipam_plugin import scan as scanning
+
+        wire: dict[checking.Place, checking.Answer] = {}
+        unheard: list[tuple[str, str]] = []
+        if not places:
+            return wire, unheard
+        try:
+            scanning.require_rights()
+            addresses, links = scanning.interfaces_of_this_machine()
+        except ProbeFailed as error:
+            return wire, [("", str(error))]
+        for segment in dict.fromkeys(segment for segment, _ in places):
+            known = self._ops.known(segment)
+            wanted = [address for each, address in places if each == segment]
+            of_pools = self._ops.subnets(segment)
+            own = {each.pool.subnet for each in world.register.pools if each.host == world.host and each.pool}
+            for subnet in sorted(of_pools, key=lambda each: -each.prefixlen):
+                inside = [each for each in wanted if each in subnet]
+                wanted = [each for each in wanted if each not in subnet]
+                if not inside:
+                    continue
+                named = of_pools[subnet] or self._config.for_segment(segment).interface or ""
+                try:
+                    target = scanning.target(subnet, addresses, links, named, known.host_macs, whole=False)
+                    with _progress(f"{subnet} on {target.interface}") as progress:
+                        report = scanning.ask(
+                            target,
+                            inside,
+                            rate=self._rate,
+                            taken={*known.addresses, *inside},
+                            peers=known.peers,
+                            progress=progress,
+                        )
+                except (Refused, ProbeFailed) as error:
+                    if subnet in own:  # else it is no LAN of this host
+                        unheard.append((segment, str(error)))
+                    continue
+                if report.trouble:
+                    unheard.append((segment, f"{subnet}: {report.trouble}"))
+                unheard += [
+                    (segment, f"MAC {mac} on {target.interface} answers for everything (proxy ARP)")
+                    for mac in report.proxies
+                ]
+                for address in {*inside, *report.macs}:
+                    told = report.macs.get(address, ())
+                    macs = tuple(mac for mac in told if mac not in report.proxies)
+                    silent = not told and not report.trouble
+                    wire[segment, address] = macs if macs or silent else None
+        return wire, unheard
+
+
 @contextlib.contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr, when that is a terminal."""
@@ -648,7 +848,7 @@ def _give_back_standby(config_path: str | None) -> Iterator[str]:
         )
         return
     if count:
-        yield f"standby addresses of host {host} given back: {count}"
+        yield f"standby and held addresses of host {host} given back: {count}"
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -27,20 +27,23 @@ import gunicorn.workers.gthread
 import msgspec
 
 from ipam_plugin import __version__, interfaces
-from ipam_plugin.addresses import parse_address, parse_range
+from ipam_plugin.addresses import Address, parse_address, parse_range
 from ipam_plugin.app import SPARE_THREADS, WAITING, create_app
 from ipam_plugin.claims import Claims, Stock
 from ipam_plugin.config import Config
+from ipam_plugin.dockerd import Dockerd
 from ipam_plugin.embedded_etcd import EmbeddedEtcd
 from ipam_plugin.errors import ConfigError, NotServing, ProbeFailed
 from ipam_plugin.etcd import Etcd, EtcdSettings, Event, KeyValue
+from ipam_plugin.holds import Holds
 from ipam_plugin.host import Presence, StateDir, host_name
 from ipam_plugin.journal import Journal, Work
 from ipam_plugin.ledger import Ledger
 from ipam_plugin.metrics import Metrics
-from ipam_plugin.model import Keys
+from ipam_plugin.model import Keys, Pool
 from ipam_plugin.neighbourhood import Habits, Neighbourhood
 from ipam_plugin.outage import Outage
+from ipam_plugin.reconcile import Reconciler
 from ipam_plugin.register import Register
 from ipam_plugin.retire import Retirer
 from ipam_plugin.standby import Keeper
@@ -79,6 +82,7 @@ def local_settings(config: Config, segment: str) -> Local:
         exclude=tuple(parse_range(text) for text in told.exclude),
         routers=tuple(parse_address(text) for text in told.router),
         cooldown=told.cooldown,
+        hold=told.hold,
         interface=told.interface or "",
     )
 
@@ -130,6 +134,8 @@ class Daemon:
             listens_with=lambda: self._neighbourhood.macs(),
             on_silent=lambda error: self._outage.noticed(error),
             time_limit=5.0,
+            request_limit=config.deadline - ANSWER_MARGIN,
+            boot_wait=max(0.0, config.boot_wait - ANSWER_MARGIN),
         )
         self._ledger = Ledger(self._etcd, self._view, keys, name)
         self._outage = Outage(
@@ -154,6 +160,7 @@ class Daemon:
             self._neighbourhood,
             alarm=self._presence.alarm,
         )
+        self._holds = Holds(self._ledger, self._view, name, self._outage.is_waiting)
         self._register = Register(
             self._ledger,
             self._claims,
@@ -165,7 +172,31 @@ class Daemon:
             segments=self._segments,
             carried=carried,
             alarm=self._presence.alarm,
-            on_given=self._keeper.given,
+            on_given=self._given,
+            is_gone=lambda pool, address, lease, deadline: (
+                self._reconciler is not None and self._reconciler.is_gone(pool, address, lease, deadline)
+            ),
+        )
+        self._dockerd = Dockerd(config.docker.socket)
+        self._reconciler = (
+            Reconciler(
+                self._dockerd,
+                self._register,
+                self._ledger,
+                self._claims,
+                self._view,
+                keys,
+                name,
+                self._neighbourhood,
+                state,
+                grace=config.docker.grace,
+                default_segment=config.segment,
+                carried=carried,
+                alarm=self._presence.alarm,
+                pending=lambda segment, address: self._outage.of(segment, address) is not None,
+            )
+            if config.docker.reconcile
+            else None
         )
         self._retirer = Retirer(
             self._etcd,
@@ -192,6 +223,8 @@ class Daemon:
             unproven=lambda: self._claims.unproven,
             wires=self._neighbourhood.states,
             outage=self._outage,
+            docker_looks=lambda: dict(self._reconciler.looks) if self._reconciler else {},
+            reconciled=lambda: dict(self._reconciler.results) if self._reconciler else {},
         )
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -203,17 +236,10 @@ class Daemon:
         return {self._config.segment, *self._config.segments, *self._view.segments_of(self._presence.name)}
 
     def app(self) -> flask.Flask:
-        return create_app(
-            self._register,
-            self._presence.serving,
-            time_limit=self._config.deadline - ANSWER_MARGIN,
-            metrics=self._metrics,
-        )
+        return create_app(self._register, self._presence.admit, metrics=self._metrics)
 
     def start(self) -> None:
         log.info("ipam-plugin %s starts as host %s", __version__, self._presence.name)
-        for line in not_carried_out(self._config):
-            log.warning("%s", line)
         if asks_a_wire(self._config):
             try:
                 require_capability()
@@ -224,9 +250,13 @@ class Daemon:
         self._neighbourhood.on_heard = self._keeper.heard
         self._neighbourhood.on_opened = self._presence.changed
         self._claims.on_shortage = self._keeper.wake
-        self._view.on_wanted = self._keeper.wake
+        self._claims.is_ending = self._holds.is_ending
+        self._view.on_wanted = self._wanted
         self._view.on_orders = self._retirer.wake
         self._view.on_pools = self._pools_changed
+        if self._reconciler is not None:
+            self._reconciler.on_look.append(self._holds.looked)
+            self._keeper.may_adopt = self._reconciler.nobody_has
         self._view.on_went_back = lambda before, now: self._presence.alarm(
             "etcd_went_back",
             f"etcd went back from revision {before} to {now} (a backup was restored, or its data are gone): addresses"
@@ -239,12 +269,19 @@ class Daemon:
         self._run("presence", lambda: self._presence.run(self._register, self._stop))
         self._run("orphans", lambda: self._ledger.free_orphans(self._stop))
         self._run("journal", self._carry_out_journal)
-        self._run("keeper", self._keep)
+        self._run("keeper", lambda: self._once_serving(lambda: self._keeper.run(self._stop)))
+        self._run("holds", lambda: self._once_serving(lambda: self._holds.run(self._stop)))
         self._run("retirer", lambda: self._retirer.run(self._stop))
+        if self._reconciler is not None:
+            self._run("reconcile", self._reconcile)
         self._run("ready", self._report_ready)
         self._watcher = interfaces.Watcher(self._interfaces_changed)
         self._watcher.start()
         self._stop_metrics = self._metrics.listen(self._config.metrics.listen)
+
+    def stopping(self) -> None:
+        """No request is taken any more; those that are here are answered within their deadline, before `stop`."""
+        self._presence.stopping()
 
     def stop(self) -> None:
         """End everything in order; what is running has been answered before."""
@@ -253,7 +290,10 @@ class Daemon:
         self._presence.changed()
         self._keeper.close()
         self._retirer.close()
+        if self._reconciler is not None:
+            self._reconciler.close()
         self._outage.wake()
+        self._holds.wake()
         self._ledger.stop_freeing_orphans()
         if self._watcher is not None:
             self._watcher.stop()
@@ -262,6 +302,7 @@ class Daemon:
         self._presence.leave()
         for thread in self._threads:
             thread.join(3)
+        self._dockerd.close()
         self._outage.close()
         self._etcd.close()
         if self._embedded is not None:
@@ -288,6 +329,17 @@ class Daemon:
     def _pools_changed(self) -> None:
         self._presence.changed()
         self._keeper.wake()
+        if self._reconciler is not None:
+            self._reconciler.wake()
+
+    def _given(self, pool: Pool, address: Address, mac: str) -> None:
+        self._keeper.given(pool, address, mac)
+        if self._reconciler is not None:
+            self._reconciler.given(pool, address, mac)
+
+    def _wanted(self) -> None:
+        self._keeper.wake()
+        self._holds.wake()
 
     def _once_serving(self, work: Callable[[], None]) -> None:
         """For what needs to be sure that this host is the one of its name."""
@@ -298,8 +350,10 @@ class Daemon:
                 continue
             return work()
 
-    def _keep(self) -> None:
-        self._once_serving(lambda: self._keeper.run(self._stop))
+    def _reconcile(self) -> None:
+        assert self._reconciler is not None
+        reconciler = self._reconciler
+        self._once_serving(lambda: reconciler.run(self._stop))
 
     def _carry_out_journal(self) -> None:
         def done(work: Work) -> None:
@@ -310,6 +364,8 @@ class Daemon:
     def _watch(self) -> None:
         def reset(values: list[KeyValue], revision: int) -> None:
             self._view.reset(((each.key, each.value, each.revision) for each in values), revision)
+            if self._reconciler is not None:
+                self._reconciler.wake()  # etcd may be back from a backup
 
         def events(changes: list[Event], revision: int) -> None:
             self._view.apply(changes, revision)
@@ -333,21 +389,6 @@ class Daemon:
                     notify(f"STATUS={status}")
                 if time.monotonic() >= end:
                     return notify("READY=1")
-
-
-NOT_YET = ("hold", "boot_wait", "docker")
-
-
-def not_carried_out(config: Config) -> list[str]:
-    """What the configuration asks for and this version does not do, a line each."""
-    lines = []
-    for key in NOT_YET:
-        asked = getattr(config, key)
-        usual = next(each.default for each in msgspec.structs.fields(Config) if each.name == key)
-        own = [name for name, each in config.segments.items() if getattr(each, key, None) is not None]
-        if asked != usual or own:
-            lines.append(f"{key}: this version reads it and does not act on it yet")
-    return lines
 
 
 # ------------------------------------------------------------------------------------------- processes
@@ -459,6 +500,10 @@ class _Worker(gunicorn.workers.gthread.ThreadWorker):  # type: ignore[misc]  # g
         else:
             super().finish_request(conn, fs)
 
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self.app.stopping()
+        super().handle_exit(sig, frame)
+
 
 class _Server(gunicorn.app.base.BaseApplication):  # type: ignore[misc]  # gunicorn ships no types
     def __init__(
@@ -481,6 +526,7 @@ class _Server(gunicorn.app.base.BaseApplication):  # type: ignore[misc]  # gunic
             # A kept connection that the server closes just as dockerd writes on it makes dockerd send the request
             # again, empty (moby#39331).
             "keepalive": 0,
+            # Of the worker's main thread, which never waits; a request may take boot_wait and its deadline.
             "timeout": 60,
             "graceful_timeout": int(self._config.deadline) + 1,
             "control_socket_disable": True,
@@ -514,6 +560,10 @@ class _Server(gunicorn.app.base.BaseApplication):  # type: ignore[misc]  # gunic
             log.error("%s", error)
             sys.exit(gunicorn.arbiter.Arbiter.APP_LOAD_ERROR)
         return self._daemon.app()
+
+    def stopping(self) -> None:
+        if self._daemon is not None:
+            self._daemon.stopping()
 
     def _worker_exit(self, arbiter: Any, worker: Any) -> None:
         if self._daemon is not None:

@@ -29,6 +29,7 @@ from ipam_plugin.model import (
     Holder,
     Lease,
     Pool,
+    later,
 )
 
 
@@ -82,27 +83,53 @@ def _taken_by_own(claim: Claim, lease: Lease) -> NoReturn:
     _taken(claim, lease, f"if that container is gone, free it with: ipam-plugin release {claim.address} --force")
 
 
-def grant_endpoint(lease: Lease | None, claim: Claim, mac: str, container: Container | None) -> Decision:
-    """An address for a container, chosen or asked for by `--ip`.
+def _taken_by_hold(claim: Claim, lease: Lease) -> NoReturn:
+    _taken(claim, lease, f"if it is not to return, end the hold with: ipam-plugin release {claim.address} --force")
+
+
+def _refuse_held_for_another(lease: Lease | None, claim: Claim, container: Container | None) -> None:
+    """Only a name can tell that: `--ip` without one is taken for the container that had the address before."""
+    if lease is not None and lease.kind == HELD and container is not None:
+        stopped = lease.container.name if lease.container else ""
+        if stopped and stopped != container.name:
+            _taken_by_hold(claim, lease)
+
+
+def grant_endpoint(
+    lease: Lease | None,
+    claim: Claim,
+    mac: str,
+    container: Container | None,
+    *,
+    fixed: bool = False,
+    known: bool = False,
+) -> Decision:
+    """An address for a container, chosen or (`fixed`) asked for by `--ip`.
 
     An `endpoint` lease of this very host is refused too: that nobody has it any more is proven by a look at
-    dockerd, never by the request.
+    dockerd, never by the request. `known`: the container will be recognised when it asks again.
     """
+    if fixed:
+        _refuse_held_for_another(lease, claim, container)
     if lease is None or (lease.kind in (HELD, STANDBY) and lease.host == claim.host):
         return Lease(
             kind=ENDPOINT, host=claim.host, mac=mac, container=container,
-            pool=claim.pool.id, since=claim.now, token=claim.token,
+            pool=claim.pool.id, since=claim.now, token=claim.token, fixed=fixed, known=known,
         )  # fmt: skip
     if lease.kind == ENDPOINT and lease.host == claim.host:
         _taken_by_own(claim, lease)
+    if lease.kind == HELD:
+        _taken_by_hold(claim, lease)
     _taken(claim, lease)
 
 
-def claim_ahead(lease: Lease | None, claim: Claim) -> Decision:
+def claim_ahead(lease: Lease | None, claim: Claim, container: Container | None = None) -> Decision:
     """Claimed for this host, so that the wire can be asked for it; given to nobody yet.
 
-    An explicit `--ip` may ask for an address where a stranger was seen once: it is looked at anew.
+    An explicit `--ip` may ask for an address where a stranger was seen once: it is looked at anew. One that is held
+    for another container than `container` is refused.
     """
+    _refuse_held_for_another(lease, claim, container)
     if lease is None or lease.kind == CONFLICT or (lease.kind in (HELD, STANDBY) and lease.host == claim.host):
         # The stranger stays in it until the wire has spoken, also when that does not come about.
         seen = lease if lease is not None and lease.kind == CONFLICT else Lease(kind=STANDBY)
@@ -112,6 +139,8 @@ def claim_ahead(lease: Lease | None, claim: Claim) -> Decision:
         )  # fmt: skip
     if lease.kind == ENDPOINT and lease.host == claim.host:
         _taken_by_own(claim, lease)
+    if lease.kind == HELD:
+        _taken_by_hold(claim, lease)
     _taken(claim, lease)
 
 
@@ -211,11 +240,14 @@ def lost_address(lease: Lease | None, claim: Claim) -> Decision:
     return FREE
 
 
-def give_back(lease: Lease | None, claim: Claim, token: str, carried: bool, kept_router: bool) -> Decision:
+def give_back(
+    lease: Lease | None, claim: Claim, token: str, carried: bool, kept_router: bool, hold: float = 0.0
+) -> Decision:
     """ReleaseAddress. Only the lease whose token was known when the request arrived, only what this host holds.
 
     `carried`: an interface of this host still has the address (Docker leaves its address on a bridge that the
-    user made). `kept_router`: it is the segment's own router, whose lease never goes.
+    user made). `kept_router`: it is the segment's own router, whose lease never goes. `hold`: seconds for which the
+    address of a container that can be recognised is kept for it; `docker stop` and `docker rm` look the same here.
     """
     if lease is None or lease.token != token:
         return KEEP
@@ -229,6 +261,12 @@ def give_back(lease: Lease | None, claim: Claim, token: str, carried: bool, kept
             return _changed(lease, claim, noted=lease.noted - 1)
         if carried:
             return Lease(kind=HOST, host=claim.host, mac=lease.mac, since=claim.now, token=claim.token)
+        if hold > 0 and (lease.fixed or lease.known):
+            return Lease(
+                kind=HELD, host=claim.host, mac=lease.mac, container=lease.container, pool=lease.pool,
+                since=claim.now, token=claim.token, fixed=lease.fixed, known=lease.known,
+                until=later(claim.now, hold),
+            )  # fmt: skip
         return FREE
     return KEEP
 
@@ -260,6 +298,24 @@ def settle_released(
     return release(lease, claim, lease.token)
 
 
+def is_held_for(lease: Lease, pool: Pool, mac: str, container: Container | None) -> bool:
+    """Whether a container that asks for any address is the one for which this is held: its name says so, or its MAC
+    does and no name contradicts."""
+    if lease.kind != HELD or lease.pool != pool.id:
+        return False
+    asking = container.name if container else ""
+    stopped = lease.container.name if lease.container else ""
+    if asking and stopped:
+        return asking == stopped
+    return bool(mac) and mac == lease.mac
+
+
+def end_hold(lease: Lease | None, claim: Claim, token: str) -> Decision:
+    """This very hold of this host is over."""
+    mine = lease is not None and (lease.kind, lease.host, lease.token) == (HELD, claim.host, token)
+    return FREE if mine else KEEP
+
+
 def drop_pool(lease: Lease | None, claim: Claim, carried: bool, kept_router: bool) -> Decision:
     """The last ReleasePool of this host: its gateway and auxiliary holdings go, endpoints never do."""
     if lease is None or not (lease.kind == ROUTER or (lease.kind == HOST and lease.host == claim.host)):
@@ -268,6 +324,42 @@ def drop_pool(lease: Lease | None, claim: Claim, carried: bool, kept_router: boo
     if rest == lease.holders:
         return KEEP
     return _without(lease, claim, rest, carried, kept_router)
+
+
+def end_orphan(lease: Lease | None, claim: Claim, token: str, carried: bool) -> Decision:
+    """Docker has no container with the address any more: exactly that lease ends, whatever was noted in it."""
+    if lease is None or (lease.kind, lease.host, lease.token) != (ENDPOINT, claim.host, token):
+        return KEEP
+    return Lease(kind=HOST, host=claim.host, mac=lease.mac, since=claim.now, token=claim.token) if carried else FREE
+
+
+def name_container(lease: Lease | None, claim: Claim, token: str, container: Container, mac: str) -> Decision:
+    """For operators: who has the address, as Docker calls it now. The grant stays the same one."""
+    if lease is None or (lease.kind, lease.host, lease.token) != (ENDPOINT, claim.host, token):
+        return KEEP
+    named = msgspec.structs.replace(lease, container=container, mac=lease.mac or mac)
+    return KEEP if named == lease else named
+
+
+def restore_endpoint(lease: Lease | None, claim: Claim, mac: str, container: Container | None, fixed: bool) -> Decision:
+    """A container that runs has the address, and the register does not know (it came back from a backup).
+
+    A `conflict` with its very MAC is what another host found when it asked for the address meanwhile.
+    """
+    if lease is not None and lease.host == claim.host and lease.kind == ENDPOINT:
+        return KEEP
+    if lease is not None and lease.kind == ROUTER and any(each.host == claim.host for each in lease.holders):
+        return KEEP  # an engine that lost our capabilities asked for it as for an auxiliary address
+    if (
+        lease is None
+        or (lease.kind in (HELD, STANDBY) and lease.host == claim.host)
+        or (lease.kind == CONFLICT and lease.mac and lease.mac == mac)
+    ):
+        return Lease(
+            kind=ENDPOINT, host=claim.host, mac=mac, container=container, pool=claim.pool.id,
+            since=claim.now, token=claim.token, fixed=fixed,
+        )  # fmt: skip
+    _taken(claim, lease)
 
 
 def without_orphan(lease: Lease | None, claim: Claim) -> Decision:

@@ -1,7 +1,9 @@
 """dockerd's own list of networks and containers. The only module that calls Docker's API.
 
 Never from a handler of Docker's requests: an engine that waits for this driver holds locks which the answer to such
-a call needs, and both would wait for ever (devplayer0/docker-net-dhcp#23).
+a call may need, and both would wait for ever (devplayer0/docker-net-dhcp#23). What a look asks for was answered by
+engine 20.10 while it waited for RequestAddress; the details of the container that it waited for were not, nor was
+anything while containers were started again at the engine's own start.
 """
 
 from __future__ import annotations
@@ -124,7 +126,13 @@ def _of_networks(details: list[Mapping[str, Any]]) -> Iterator[Attachment]:
 
 
 def _of_containers(containers: list[Mapping[str, Any]]) -> Iterator[Attachment]:
+    """Of those that run: after a crash the engine still shows the last address of a container that did not survive it
+    (seen on 20.10), which would keep that very container from getting it again. One that is just starting or ending is
+    in the networks' list.
+    """
     for container in containers:
+        if not _runs(container):
+            continue
         for name, endpoint in _endpoints(container).items():
             for text in (endpoint.get("IPAddress"), endpoint.get("GlobalIPv6Address")):
                 if text:
@@ -145,9 +153,13 @@ def _known(container: Mapping[str, Any]) -> Known:
     return Known(
         name=_name(container),
         image=container.get("Image", ""),
-        running=container.get("State") in ("running", "paused", "restarting"),
+        running=_runs(container),
         fixed=frozenset(parse_address(text) for text in fixed if text),
     )
+
+
+def _runs(container: Mapping[str, Any]) -> bool:
+    return container.get("State") in ("running", "paused", "restarting")
 
 
 def _endpoints(container: Mapping[str, Any]) -> Mapping[str, Any]:

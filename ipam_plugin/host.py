@@ -234,6 +234,45 @@ def _log(lines: list[tuple[str, str]]) -> None:
         log.error("ALARM %s: %s", kind, text)
 
 
+class BootWait:
+    """How long a request waits for this host to serve: its time limit, and once in a boot longer.
+
+    Docker starts its containers once in a boot and never repeats a start that failed; they come one after the other
+    on each network. So there is one window for all of them, from the first request that has to wait: were it each
+    request's own, an etcd that stays away would hold up dockerd so long for every container. Pure but for what it
+    keeps; times are monotonic seconds.
+    """
+
+    def __init__(self, time_limit: float, seconds: float, *, over: bool) -> None:
+        self.time_limit = time_limit
+        self._seconds = seconds
+        self._end = -math.inf if over else None
+        self._stop = math.inf
+
+    def give_up(self, arrival: float) -> float:
+        """Until when a request waits that cannot be served yet. The first one begins the window."""
+        if self._end is None:
+            self._end = arrival + self._seconds
+        return max(arrival + self.time_limit, min(self._end, self._stop))
+
+    def answer_by(self, arrival: float, admitted: float) -> float:
+        """The deadline of a request that waited until `admitted`: within the window that wait is not its own time."""
+        begins = admitted if self._end is not None and admitted <= min(self._end, self._stop) else arrival
+        return begins + self.time_limit
+
+    def served(self) -> None:
+        """Requests are served from now on; those that wait go on by the window that they found."""
+        if self._end is None:
+            self._end = -math.inf
+
+    def stop(self, now: float) -> None:
+        """Nobody waits for this daemon longer than usual any more; the next one may let requests wait."""
+        self._stop = min(self._stop, now)
+
+    def is_over(self, now: float) -> bool:
+        return self._end is not None and now >= self._end
+
+
 class Heartbeats(Protocol):
     """What is needed of etcd here."""
 
@@ -246,10 +285,11 @@ class Heartbeats(Protocol):
 
 
 class Presence:
-    """This host in the register. `serving(deadline)` is the gate that every request passes.
+    """This host in the register. `admit(arrival)` is the gate that every request passes.
 
     `listens_with` gives the MACs of the interfaces that this host listens on, with an address or without; `on_silent`
-    is told when etcd did not answer.
+    is told when etcd did not answer. `request_limit`: seconds from a request's arrival to its answer. `boot_wait`:
+    seconds that requests may wait for this host to serve instead, once in a boot.
     """
 
     def __init__(
@@ -265,6 +305,8 @@ class Presence:
         time_limit: float,
         listens_with: Callable[[], Collection[str]] = lambda: (),
         on_silent: Callable[[IpamError], None] = lambda error: None,
+        request_limit: float = 15.0,
+        boot_wait: float = 0.0,
     ) -> None:
         self._etcd = etcd
         self._view = view
@@ -278,6 +320,8 @@ class Presence:
         self.name = name
         self._kept_name = state.read("host")
         self._me = _this_process(name, state.token())
+        self._kept_boot = state.read("boot")
+        self._boot_wait = BootWait(request_limit, boot_wait, over=self._kept_boot == self._me.boot_id)
         self._joined = ""
         self._alarms = Alarms()
         self._ttl_lease = 0
@@ -297,6 +341,27 @@ class Presence:
         with self._condition:
             if not self._condition.wait_for(lambda: self._serving, max(0.0, deadline - time.monotonic())):
                 raise NotServing(self._reason)
+
+    def admit(self, arrival: float) -> float:
+        """By when a request must be answered, said as soon as it may be served; monotonic seconds.
+
+        Raises NotServing with the reason when that does not come in time.
+        """
+        if self._serving:
+            return arrival + self._boot_wait.time_limit
+        with self._condition:
+            while not self._serving:
+                left = self._boot_wait.give_up(arrival) - time.monotonic()
+                if left <= 0:
+                    raise NotServing(self._reason)
+                self._condition.wait(left)
+            return self._boot_wait.answer_by(arrival, time.monotonic())
+
+    def stopping(self) -> None:
+        """The daemon is to stop, and then takes no longer than a request's time limit. For a signal's handler too."""
+        with self._condition:  # its lock may be taken again by the thread that has it
+            self._boot_wait.stop(time.monotonic())
+            self._condition.notify_all()
 
     @property
     def is_serving(self) -> bool:
@@ -341,6 +406,7 @@ class Presence:
                 if not self._serving:
                     self._set_serving(False, f"host {self.name} cannot read its interfaces or write its state: {error}")
                 log.warning("host %s cannot read its interfaces or write its state: %s", self.name, error)
+            self._keep_boot()
             self._wake.wait(min(self._alarms.tend(), REFRESH if self._serving else 0.5))
             self._wake.clear()
 
@@ -362,7 +428,19 @@ class Presence:
             elif not serving and self._reason != reason:
                 log.warning("not serving: %s", reason)
             self._serving, self._reason = serving, reason
+            if serving:
+                self._boot_wait.served()
             self._condition.notify_all()
+
+    def _keep_boot(self) -> None:
+        """So that a daemon which is started again in this boot does not let requests wait so long once more."""
+        if self._kept_boot == self._me.boot_id or not (self._serving or self._boot_wait.is_over(time.monotonic())):
+            return
+        self._kept_boot = self._me.boot_id
+        try:
+            self._state.write("boot", self._me.boot_id)
+        except OSError as error:
+            log.warning("that this boot's wait for etcd is over cannot be written: %s", error)
 
     def _hold_heartbeat(self, deadline: float) -> bool:
         """Whether the name is ours: refresh the heartbeat, or create it, or take over a predecessor's."""

@@ -26,6 +26,7 @@ import ipam_plugin
 from ipam_plugin.errors import ConfigError, Refused
 
 USER = "ipam-plugin"
+DOCKER = "docker"  # the group that may use Docker's socket, where there is one
 STATE_DIR = "/var/lib/ipam-plugin"
 RUN_DIR = "/run/ipam-plugin"
 MANIFEST = f"{STATE_DIR}/installed.json"
@@ -47,12 +48,14 @@ _MANIFEST_MAX_BYTES = 1 << 16
 
 
 class Manifest(msgspec.Struct, kw_only=True):
-    """What was put: SHA-256 by path of a file, target by path of a link, directories, and whether the user."""
+    """What was put: SHA-256 by path of a file, target by path of a link, directories, and whether the user, and the
+    user into Docker's group."""
 
     files: dict[str, str] = msgspec.field(default_factory=dict)
     links: dict[str, str] = msgspec.field(default_factory=dict)
     directories: list[str] = msgspec.field(default_factory=list)
     user: bool = False
+    docker: bool = False
 
 
 def install(root: str = "/", executable: str | None = None, start: bool = True) -> list[str]:
@@ -158,6 +161,15 @@ class _Root:
                     return int(fields[2]), int(fields[3])
         return None
 
+    def in_docker_group(self) -> bool | None:
+        """Whether the service's user is a member; None without that group."""
+        with contextlib.suppress(OSError):
+            for line in self.path("/etc/group").read_text().splitlines():
+                fields = line.split(":")
+                if fields[0] == DOCKER:
+                    return USER in fields[-1].split(",")
+        return None
+
     def prefix(self) -> list[str]:
         return [] if self.live else ["--prefix", str(self._root)]
 
@@ -191,6 +203,14 @@ def _install(target: _Root, command: str, start: bool) -> Iterator[str]:
             )
             manifest.user = changed = True
             yield f"user {USER} made"
+        # Once: an operator who took it out again meant it. Not in the unit, which would not start without that group.
+        if target.in_docker_group() is False and not manifest.docker:
+            _run("usermod", "--append", "--groups", DOCKER, *target.prefix(), USER)
+            manifest.docker = changed = True
+            yield (
+                f"user {USER} put into group {DOCKER}, for the look at dockerd (access to Docker's socket equals root;"
+                f" without it: docker.reconcile: false in {CONFIG} and gpasswd --delete {USER} {DOCKER})"
+            )
         _make_state_dir(target, manifest)
         for path, asset in _FILES.items():
             data = _asset(asset, command)
@@ -265,6 +285,10 @@ def _uninstall(target: _Root, give_back: Callable[[], Iterable[str]]) -> Iterato
 
 
 def _remove_state_dir(target: _Root, manifest: Manifest) -> Iterator[str]:
+    if manifest.docker and target.live and target.in_docker_group():
+        _run("gpasswd", "--delete", USER, DOCKER)
+        yield f"user {USER} taken out of group {DOCKER}"
+    manifest.docker = False
     state_dir = target.path(STATE_DIR)
     rest = sorted({entry.name for entry in state_dir.iterdir()} - {os.path.basename(MANIFEST)})
     if rest:

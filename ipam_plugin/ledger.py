@@ -25,6 +25,7 @@ from ipam_plugin.errors import EtcdUnavailable, IpamError, OutcomeUnknown, PoolE
 from ipam_plugin.etcd import Commit, Delete, KeyValue, Put
 from ipam_plugin.model import (
     ENDPOINT,
+    HELD,
     History,
     Keys,
     Lease,
@@ -101,8 +102,11 @@ class Ledger:
         deadline: float,
         why: str = "",
         unchanged: Mapping[str, int] | None = None,
+        *,
+        purpose: str = "grant",
+        abandon: bool = True,
     ) -> bool:
-        """Read the lease, decide, write; again when the transaction found another one.
+        """Read the lease, decide, write; again when the transaction found another one. `abandon` as in `grant`.
 
         False, and nothing was written, when a key of `unchanged` had another revision.
         """
@@ -123,15 +127,19 @@ class Ledger:
                 place = (claim.pool.segment, claim.address)
                 commit = self.free(place, current, lease, found.get(past_key), why, unchanged, deadline)
                 if commit.applied or commit.found[key] is None:
-                    if lease.kind == ENDPOINT and lease.token:
-                        # A try of its grant that got stuck may come through yet, now that the key is free.
-                        ended = claim._replace(token=lease.token)
-                        self._abandoned[lease.token] = _Abandoned(ended, _in_an_hour())
+                    self._expect_stuck_grant(claim, lease)
+                    return True
+            elif isinstance(decision, Lease) and decision.kind == HELD:
+                assert current is not None
+                assert lease is not None
+                commit = self._hold(claim, current, lease, decision, found.get(past_key), unchanged, deadline)
+                if commit.applied:
+                    self._expect_stuck_grant(claim, lease)
                     return True
             else:
                 assert isinstance(decision, Lease)
                 revision = current.revision if current else 0
-                commit = self.grant(claim, decision, revision, settings, deadline, unchanged)
+                commit = self.grant(claim, decision, revision, settings, deadline, unchanged, purpose, abandon=abandon)
                 if commit.applied:
                     return True
             for each, expected in unchanged.items():
@@ -204,14 +212,48 @@ class Ledger:
 
         `place` is its segment and address, `past` its history as it was read; `also` is written with it.
         """
+        return self._end(place, current, lease, [Delete(current.key), *also], past, why, unchanged, deadline)
+
+    def _hold(
+        self,
+        claim: Claim,
+        current: KeyValue,
+        lease: Lease,
+        held: Lease,
+        past: KeyValue | None,
+        unchanged: Mapping[str, int],
+        deadline: float,
+    ) -> Commit:
+        """Its container stopped, so the history has it: the address is silent from now on, and its MAC is known."""
+        place, why = (claim.pool.segment, claim.address), f"stopped, held until {held.until}"
+        return self._end(place, current, lease, [Put(current.key, encode(held))], past, why, unchanged, deadline)
+
+    def _expect_stuck_grant(self, claim: Claim, ended: Lease) -> None:
+        """A try of its grant that got stuck may come through yet, as soon as the key is free."""
+        if ended.kind == ENDPOINT and ended.token:
+            claim = claim._replace(token=ended.token)
+            self._abandoned[ended.token] = _Abandoned(claim, _in_an_hour())
+
+    def _end(
+        self,
+        place: tuple[str, Address],
+        current: KeyValue,
+        lease: Lease,
+        writes: Sequence[Put | Delete],
+        past: KeyValue | None,
+        why: str,
+        unchanged: Mapping[str, int],
+        deadline: float,
+    ) -> Commit:
         history = remember(_history(past), lease, why, datetime.datetime.now(datetime.UTC))
         past_key = self._keys.past(*place)
         return self.write(
             "free",
             {current.key: current.revision, past_key: past.revision if past else 0, **unchanged},
             # In this order the view knows that the address rests before it sees it free.
-            [Put(past_key, encode(history)), Delete(current.key), *also],
+            [Put(past_key, encode(history)), *writes],
             deadline,
+            proof=current.key if isinstance(writes[0], Put) else None,
         )
 
     def write(

@@ -71,6 +71,8 @@ class Metrics:
         unproven: Callable[[], int],
         wires: Callable[[], Mapping[str, tuple[bool, int, int]]],
         outage: Outage,
+        docker_looks: Callable[[], Mapping[str, int]],
+        reconciled: Callable[[], Mapping[str, int]],
     ) -> None:
         """Where to look when somebody asks: what the daemon knows anyway is not counted twice."""
 
@@ -115,6 +117,10 @@ class Metrics:
                 )
                 yield from _of_wires(wires())
                 yield from _of_outage(outage)
+                yield _counted("ipam_plugin_docker_looks", "Looks at dockerd's own list", "result", docker_looks())
+                yield _counted(
+                    "ipam_plugin_reconciled", "Differences between it and the register", "what", reconciled()
+                )
 
         self.registry.register(Asked())
 
@@ -135,6 +141,13 @@ class Metrics:
             thread.join(2)
 
         return stop
+
+
+def _counted(name: str, text: str, label: str, counts: Mapping[str, int]) -> Metric:
+    family = CounterMetricFamily(name, text, labels=[label])
+    for value, count in counts.items():
+        family.add_metric([value], count)
+    return family
 
 
 def _of_outage(outage: Outage) -> Iterable[Metric]:

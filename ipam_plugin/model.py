@@ -264,14 +264,19 @@ class Lease(msgspec.Struct, frozen=True, omit_defaults=True):
     change: str = ""
     vendor: str = ""  # kind conflict: who made that MAC, where known
     fixed: bool = False  # kinds endpoint and held: its container asks for it by `--ip`
+    # Kinds endpoint and held: its container is told from others when it asks again, because the request had its name
+    # (engines from 29 on) or a MAC that an ended lease had before (Docker's random ones are new each time).
+    known: bool = False
     until: str = ""  # kind held: when the hold ends
 
     def told(self) -> str:
         """Who has it, for a sentence."""
         who = f"host {self.host}" if self.host else ""
-        if self.kind == ENDPOINT:
+        if self.kind in (ENDPOINT, HELD):
             name = f"container {self.container.name}" if self.container and self.container.name else "a container"
             who = f"{name} on {who}" if who else name
+            if self.kind == HELD:
+                return f"a hold for {who} until {self.until or 'an unknown time'}, stopped" + self._when()
             return who + (f" (MAC {self.mac})" if self.mac else "") + self._when()
         if self.kind == HOST:
             where = f" ({self.interface}, MAC {self.mac})" if self.mac else ""
@@ -473,6 +478,11 @@ def remember(history: History, lease: Lease, why: str, now: datetime.datetime) -
 def rfc3339(moment: datetime.datetime) -> str:
     """UTC with milliseconds, as it stands in etcd."""
     return moment.astimezone(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def later(moment: str, seconds: float) -> str:
+    """The time `seconds` after a moment, both as they stand in etcd."""
+    return rfc3339(datetime.datetime.fromisoformat(moment) + datetime.timedelta(seconds=seconds))
 
 
 def parse_time(text: str) -> float | None:

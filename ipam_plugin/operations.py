@@ -15,11 +15,13 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import msgspec
 
 from ipam_plugin.addresses import Address, Network, Range, address_of, parse_address, parse_range
+from ipam_plugin.check import PoolKey, Register, Repair
 from ipam_plugin.errors import AddressTaken, Refused
 from ipam_plugin.etcd import Commit, Delete, KeyValue, Put
 from ipam_plugin.model import (
     CONFLICT,
     ENDPOINT,
+    HELD,
     RESERVED,
     STANDBY,
     UNREADABLE,
@@ -268,7 +270,49 @@ class Operations:
             alive,
         )
 
+    def register(self) -> Register:
+        """All of it that is compared with Docker and the wire."""
+        found = {each.key: self._found(each) for each in self._list(self._keys.leases)}
+        hosts = {each.key.removeprefix(self._keys.hosts): each.value for each in self._list(self._keys.hosts)}
+        pools = []
+        for each in self._list(self._keys.pools):
+            pool_id, _, host = each.key.removeprefix(self._keys.pools).rpartition("/")
+            pools.append(PoolKey(each.key, each.revision, pool_id, _pool(pool_id), host, _read(each.value, PoolUse)))
+        return Register(
+            leases=[each for each in found.values() if each is not None],
+            strays=[key for key, each in found.items() if each is None],
+            pools=pools,
+            hosts={name: _read(value, Host) or Host(name) for name, value in hosts.items()},
+            alive=frozenset(each.key.removeprefix(self._keys.alive) for each in self._list(self._keys.alive)),
+            settings=self.segments(),
+        )
+
     # ------------------------------------------------------------------------------------ changing
+
+    def mend(self, repair: Repair, why: str) -> bool:
+        """Carry out what a comparison proposes. False, and nothing was written, when the key has changed since."""
+        expect = {repair.key: repair.revision}
+        writes: list[Put | Delete] = []
+        value = repair.value
+        fresh = secrets.token_urlsafe(12)
+        if isinstance(value, PoolUse):
+            writes.append(Put(repair.key, encode(msgspec.structs.replace(value, token=fresh))))
+        elif value is not None:
+            # What is changed keeps its token, which a release compares.
+            named = {"change": fresh} if value.token else {"token": fresh}
+            writes.append(Put(repair.key, encode(msgspec.structs.replace(value, **named))))
+        else:
+            writes.append(Delete(repair.key))
+        if repair.ended is not None and repair.ended.kind != STANDBY:  # that was given to nobody
+            segment, taken = segment_and_taken(repair.key.removeprefix(self._keys.leases))
+            assert not isinstance(taken, Range)
+            past_key = self._keys.past(segment, taken)
+            found, _ = self._etcd.get_many([past_key], deadline=_deadline())
+            known = found[past_key]
+            expect[past_key] = known.revision if known else 0
+            past = _read(known.value if known else None, History) or History()
+            writes.append(Put(past_key, encode(remember(past, repair.ended, why, datetime.datetime.now(datetime.UTC)))))
+        return self._commit(expect, writes, proof=repair.key if value is not None else None)
 
     def reserve(self, what: Range, segment: str, note: str) -> list[Found]:
         """Keep an address, or a range, for something else. Returns the leases that are in the range already.
@@ -369,12 +413,13 @@ class Operations:
         raise AssertionError("unreachable")
 
     def give_back_standby(self, host: str) -> int:
-        """Free what a host's daemon had claimed ahead of need, when it is gone for good. Returns how many it was.
+        """Free what a host's daemon claimed ahead of need or keeps for stopped containers, when it is gone for good.
+        Returns how many it was.
 
-        It was given to nobody, so nothing is said of it in the history. One that has changed since it was read (a
-        container has got it) stays.
+        Nobody has it, and whoever had it stands in the history. One that has changed since it was read (a container
+        has got it) stays.
         """
-        own = [each for each in self.leases() if each.lease.kind == STANDBY and each.lease.host == host]
+        own = [each for each in self.leases() if each.lease.kind in (STANDBY, HELD) and each.lease.host == host]
         return sum(self._commit({each.key: each.revision}, [Delete(each.key)]) for each in own)
 
     def retire(self, name: str, force: bool, wait: float) -> Iterator[Settled]:

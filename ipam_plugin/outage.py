@@ -77,6 +77,10 @@ class Outage:
         """What etcd has to learn yet of an address."""
         return self._journal.of(segment, address)
 
+    def is_waiting(self, segment: str, address: Address) -> bool:
+        """Whether etcd has something to learn yet of an address, so that what stands there does not count."""
+        return self._journal.of(segment, address) is not None
+
     def give(self, pool: Pool, address: Address, before: str, lease: Lease) -> None:
         """The lease with the token `before`, which is this host's, becomes `lease`. Raises JournalFailed."""
         self._keep(Entry("given", pool.id, before, pool.segment, str(address), lease))

@@ -24,6 +24,7 @@ from ipam_plugin.errors import (
     EtcdRefused,
     EtcdUnavailable,
     OutcomeUnknown,
+    PoolExhausted,
     Refused,
 )
 from ipam_plugin.etcd import Delete, KeyValue, Put
@@ -72,7 +73,8 @@ class Register:
 
     `segments` answers with the segments that this host is in, `carried(deadline)` with the addresses on its interfaces,
     in the kernel's order; `alarm(kind, text)` tells an operator, `on_given` is told of each container's address and
-    MAC. Deadlines are absolute, in seconds of
+    MAC. `is_gone(pool, address, lease, deadline)` says whether nobody has the address of a lease of this host, by a
+    look at dockerd that began after it was asked. Deadlines are absolute, in seconds of
     time.monotonic(). Every method may be called from any thread and raises the errors of errors.py, of which any that
     may have written is OutcomeUnknown.
     """
@@ -91,6 +93,7 @@ class Register:
         carried: Callable[[float], Sequence[InterfaceAddress]],
         alarm: Callable[[str, str], None],
         on_given: Callable[[Pool, Address, str], None] = lambda pool, address, mac: None,
+        is_gone: Callable[[Pool, Address, Lease, float], bool] = lambda pool, address, lease, deadline: False,
     ) -> None:
         self._ledger = ledger
         self._claims = claims
@@ -103,6 +106,7 @@ class Register:
         self._carried = carried
         self._alarm = alarm
         self._on_given = on_given
+        self._is_gone = is_gone
         self._engine_knows_us = True
         self._own: set[tuple[str, Address, str, str]] = set()  # own addresses as last written
 
@@ -163,13 +167,33 @@ class Register:
                 ):
                     return
 
+    def correct_pool(self, pool: Pool, token: str, networks: int, deadline: float) -> bool:
+        """Docker has so many networks of this pool, whatever its key with this token says ('': there is no key, but
+        something is held for the pool). Without any, all goes as with the last ReleasePool. Whether it was still so.
+        """
+        key = self._keys.pool(pool, self._host)
+        found = self._ledger.read(key, deadline)
+        use = _pool_use(found)
+        if (use.token if use is not None else "" if found is None else None) != token:
+            return False
+        unchanged = {key: found.revision if found else 0}
+        if use is not None and networks:
+            counted = msgspec.structs.replace(use, count=networks, token=secrets.token_urlsafe(12))
+            return self._ledger.write("pool", unchanged, [Put(key, encode(counted))], deadline, proof=key).applied
+        if networks:
+            return False
+        with self._claims.closed(pool, deadline):
+            if not self._drop_holdings(pool, unchanged, deadline):
+                return False
+            return found is None or self._ledger.write("pool", unchanged, [Delete(key)], deadline).applied
+
     def request_address(self, request: RequestAddress, deadline: float) -> str:
         """An address with the subnet's prefix length, in the register by the time this returns (promise P4)."""
         pool = Pool.parse(request.PoolID)
         asked = address_of(request.Address) if request.Address else None
         if asked is not None:
             _check_inside(pool, asked)
-        self._ensure_pool(pool, deadline)
+        self.ensure_pool(pool, deadline)
         kind = purpose(request)
         if kind is Purpose.GATEWAY:
             address = self._gateway(pool, asked, deadline)
@@ -228,6 +252,7 @@ class Register:
             token=token,
             carried=self._is_carried(address, deadline),
             kept_router=self._is_router(pool, address),
+            hold=self._view.hold(pool),
         )
 
     def settle(self, work: Work, deadline: float) -> None:
@@ -374,26 +399,30 @@ class Register:
     ) -> Address:
         """`--ip`: outside the range, but not outside the subnet."""
 
+        known = self._is_known(mac, container)
+
         def given_again() -> Lease:
             self._refuse_forbidden(pool, address)
-            return _lease(decisions.grant_endpoint(None, self._ledger.claim(pool, address), mac, container))
+            claim = self._ledger.claim(pool, address)
+            return _lease(decisions.grant_endpoint(None, claim, mac, container, fixed=True, known=known))
 
         if self._outage.take_back(pool, address, given_again, deadline) is not None:
             self._on_given(pool, address, mac)
             return address
         self._claims.ask_for(pool, address, deadline)
+        orphan = self._own_orphan(pool, address, deadline)
 
         def allowed(lease: Lease | None) -> Lease | None:
             self._refuse_forbidden(pool, address)
-            if lease and lease.kind == ENDPOINT and self._ledger.is_abandoned(lease.token):
-                return None  # it was given back, or never handed out: only etcd does not know yet
+            if lease and lease.kind == ENDPOINT and (lease.token == orphan or self._ledger.is_abandoned(lease.token)):
+                return None  # nobody has it, or it was given back or never handed out: only etcd does not know yet
             return lease
 
         def grant(lease: Lease | None, claim: Claim) -> Decision:
-            return decisions.grant_endpoint(allowed(lease), claim, mac, container)
+            return decisions.grant_endpoint(allowed(lease), claim, mac, container, fixed=True, known=known)
 
         def claim_ahead(lease: Lease | None, claim: Claim) -> Decision:
-            return decisions.claim_ahead(allowed(lease), claim)
+            return decisions.claim_ahead(allowed(lease), claim, container)
 
         if self._claims.asks_the_wire(pool):
             while not self._claims.hand_out(
@@ -404,6 +433,17 @@ class Register:
             self._ledger.change(self._ledger.claim(pool, address), grant, deadline)
         self._on_given(pool, address, mac)
         return address
+
+    def _own_orphan(self, pool: Pool, address: Address, deadline: float) -> str | None:
+        """The token of this host's own lease of a container that is gone (an engine that crashed does not release)."""
+        entry = self._view.entry(pool.segment, address)
+        if entry is None or (entry.kind, entry.host) != (ENDPOINT, self._host):
+            return None
+        found = self._ledger.read(self._keys.lease(pool.segment, address), deadline)
+        lease = read_lease(found.value) if found else None
+        if lease is None or (lease.kind, lease.host) != (ENDPOINT, self._host) or not lease.token:
+            return None
+        return lease.token if self._is_gone(pool, address, lease, deadline) else None
 
     def _refuse_forbidden(self, pool: Pool, address: Address) -> None:
         self._ledger.settings(pool.segment)
@@ -417,26 +457,36 @@ class Register:
             raise AddressTaken(f"{address} of pool {pool} cannot be given: {reason}")
 
     def _next_free(self, pool: Pool, mac: str, container: Container | None, deadline: float) -> Address:
-        """The next address that nobody has, or PoolExhausted."""
+        """The address that is held for this container, or the next one that nobody has, or PoolExhausted."""
+        known = self._is_known(mac, container)
 
         def grant(lease: Lease | None, claim: Claim) -> Lease:
-            return _lease(decisions.grant_endpoint(lease, claim, mac, container))
+            return _lease(decisions.grant_endpoint(lease, claim, mac, container, known=known))
 
-        if not self._claims.asks_the_wire(pool):
-            address = self._ledger.grant_next(pool, functools.partial(grant, None), deadline).claim.address
-        else:
-            try:
-                slot = self._claims.silent(pool, deadline)
-                while not self._claims.hand_out(pool, slot, grant, deadline):
+        try:
+            slot = self._claims.returning(pool, mac, container, deadline) if known else None
+            while slot is None or not self._claims.hand_out(pool, slot, grant, deadline):
+                if self._claims.asks_the_wire(pool):
                     slot = self._claims.silent(pool, deadline)
-            except EtcdUnavailable as error:
-                raise EtcdUnavailable(
-                    f"pool {pool}: {error}, and of the addresses that host {self._host} had in standby for such a time"
-                    " none is left"
-                ) from error
-            address = slot.address
+                    continue
+                try:
+                    address = self._ledger.grant_next(pool, functools.partial(grant, None), deadline).claim.address
+                    break
+                except PoolExhausted as full:
+                    slot = self._claims.make_room(pool, full, deadline)
+            else:
+                address = slot.address
+        except (EtcdUnavailable, OutcomeUnknown) as error:
+            raise type(error)(
+                f"pool {pool}: {error}, and of the addresses that host {self._host} had in standby for such a time"
+                " none is left"
+            ) from error
         self._on_given(pool, address, mac)
         return address
+
+    def _is_known(self, mac: str, container: Container | None) -> bool:
+        """Whether this container can be told from others when it asks again."""
+        return container is not None or self._view.has_ended(mac)
 
     # ---------------------------------------------------------------------------------------- pools
 
@@ -469,7 +519,7 @@ class Register:
                 return
             found = commit.found[key]
 
-    def _ensure_pool(self, pool: Pool, deadline: float, known_absent: bool = False) -> None:
+    def ensure_pool(self, pool: Pool, deadline: float, known_absent: bool = False) -> None:
         """The engine has this PoolID from us, so it is served also when its key in etcd is gone."""
         if self._view.uses(pool.id, self._host) and not known_absent:
             return

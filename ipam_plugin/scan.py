@@ -13,6 +13,7 @@ then those addresses that showed up, were heard, or are known to the register.
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections import Counter, deque
@@ -36,6 +37,7 @@ SHOW = 1.5  # seconds for which all nodes may show themselves
 HEARD_AT_MOST = 4096  # addresses that are asked for because somebody showed up with them
 PEERS_PATIENCE = 2.0  # seconds for hearing that the wire lives
 PROXY_FROM = 3  # addresses that one machine answers for alone before it is suspected
+CONTROLS = 5  # addresses that nobody should have, which are asked for beside chosen ones
 
 
 class Target(NamedTuple):
@@ -81,14 +83,16 @@ def target(
     links: Sequence[Link],
     named: str = "",
     host_macs: Collection[str] = (),
+    *,
+    whole: bool = True,
 ) -> Target:
-    """How a subnet is scanned from this machine. Pure. Raises Refused.
+    """How a subnet is scanned from this machine, or `whole` is False and only some of it asked. Pure. Raises Refused.
 
     `host_macs` are the registered hosts': where this interface has no address to ask with, only they may
     ask in nobody's name, because the daemons know them. (Without any host there is no daemon to mislead.)
     """
     usable = usable_range(subnet)
-    if subnet.version == 4 and usable.size() > LARGEST:
+    if whole and subnet.version == 4 and usable.size() > LARGEST:
         part = next(subnet.subnets(new_prefix=24))
         raise Refused(
             f"{subnet} has {subnet.num_addresses} addresses, too many to ask one by one; name a part of it (of at most"
@@ -149,7 +153,37 @@ def scan(
     many requests of how many have been sent. Ctrl-C ends it early, with a report. Raises ProbeFailed on a
     wire that is dead and without the right to open raw sockets.
     """
-    sweep = _Sweep(target, rate, progress)
+    return _swept(_Sweep(target, rate, progress), target, peers, known)
+
+
+def ask(
+    target: Target,
+    addresses: Iterable[Address],
+    *,
+    rate: float,
+    taken: Collection[Address],
+    peers: Iterable[Address] = (),
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> Report:
+    """As `scan`, for these addresses alone, and for some that are not `taken`.
+
+    Who answers for those as well answers for everything; the chosen ones may all rightly be of one machine.
+    """
+    controls = _unused(target, taken)
+    sweep = _Sweep(target, rate, progress, chosen=[*addresses, *controls])
+    report = _swept(sweep, target, peers, ())
+    answered = Counter(mac for control in controls for mac in report.macs.get(control, ()))
+    return report._replace(proxies={mac: count for mac, count in answered.items() if count >= PROXY_FROM})
+
+
+def _unused(target: Target, taken: Collection[Address]) -> list[Address]:
+    """Drawn from the whole subnet, since a server may well have some in a row."""
+    usable = usable_range(target.subnet)
+    drawn = {address_of(usable.version, random.randint(usable.first, usable.last)) for _ in range(10 * CONTROLS)}
+    return sorted(drawn - {*taken, *target.own}, key=lambda _: random.random())[:CONTROLS]
+
+
+def _swept(sweep: _Sweep, target: Target, peers: Iterable[Address], known: Iterable[Address]) -> Report:
     with Wire(target.interface, sweep.heard) as opened:
         dead = opened.alive(_peers_on(target, peers), deadline=time.monotonic() + PEERS_PATIENCE)
         if dead:
@@ -194,10 +228,17 @@ class _Stopped(Exception):
 
 
 class _Sweep:
-    """One scan of one subnet."""
+    """One scan of one subnet, or of the `chosen` addresses in it."""
 
-    def __init__(self, target: Target, rate: float, progress: Callable[[int, int], object]) -> None:
+    def __init__(
+        self,
+        target: Target,
+        rate: float,
+        progress: Callable[[int, int], object],
+        chosen: Sequence[Address] | None = None,
+    ) -> None:
         self._target = target
+        self._chosen = chosen
         self._pace = _Pace(rate)
         self._progress = progress
         self._done, self._total = 0, 0
@@ -223,7 +264,9 @@ class _Sweep:
                 macs.append(claim.mac)
 
     def _showed(self, address: Address) -> None:
-        if self._target.one_by_one or address not in self._target.subnet or address in self._target.own:
+        if self._chosen is not None or self._target.one_by_one:
+            return
+        if address not in self._target.subnet or address in self._target.own:
             return
         with self._lock:
             if len(self._shown) < HEARD_AT_MOST:
@@ -247,7 +290,9 @@ class _Sweep:
 
     def _ask_all(self, opened: Wire, flight: _Flight, known: Iterable[Address]) -> None:
         target = self._target
-        if target.one_by_one:
+        if self._chosen is not None:
+            pending = [each for each in self._chosen if each in target.subnet and each not in target.own]
+        elif target.one_by_one:
             usable = usable_range(target.subnet)
             numbers = range(usable.first, usable.last + 1)
             pending = [

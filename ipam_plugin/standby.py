@@ -88,7 +88,11 @@ class _Newcomer(NamedTuple):
 
 
 class Keeper:
-    """One thread for the rounds, a few for what takes long. `run` it once; `close` ends the threads."""
+    """One thread for the rounds, a few for what takes long. `run` it once; `close` ends the threads.
+
+    `may_adopt(address)` says whether standby of an earlier run may be given: a container could have it already, where
+    that run's journal was damaged (reconcile.py asks dockerd).
+    """
 
     def __init__(
         self,
@@ -132,6 +136,7 @@ class Keeper:
         self._welcomed = -math.inf  # monotonic seconds
         self._alarms_left = ALARMS_AT_ONCE
         self._alarms_counted = 0.0  # monotonic seconds
+        self.may_adopt: Callable[[Address], bool] = lambda address: True
         self._own_asked = time.monotonic()
         self._own_left: list[tuple[Pool, Address]] = []
 
@@ -377,7 +382,7 @@ class Keeper:
     def _adopt(self) -> None:
         """Standby of this host that the stock does not know: an earlier run's, or one whose handing out was cut off."""
         for segment, address, entry in self._view.of_kind(STANDBY, self._host):
-            if not self._stock.knows(entry.token):
+            if not self._stock.knows(entry.token) and self.may_adopt(address):
                 self._later(segment, address, functools.partial(self._adopt_one, segment, address, entry.token))
 
     def _adopt_one(self, segment: str, address: Address, token: str) -> None:

@@ -35,6 +35,7 @@ from ipam_plugin.addresses import (
 from ipam_plugin.errors import Refused
 from ipam_plugin.model import (
     ENDPOINT,
+    HELD,
     HOST,
     KINDS,
     STANDBY,
@@ -42,10 +43,12 @@ from ipam_plugin.model import (
     History,
     Host,
     Keys,
+    Lease,
     Pool,
     PoolUse,
     SegmentSettings,
     decode,
+    parse_duration,
     parse_time,
     read_lease,
     segment_and_address,
@@ -64,12 +67,22 @@ class Entry(NamedTuple):
     revision: int
 
 
+class Held(NamedTuple):
+    """An address that this host keeps for a container that stopped. There are few, so all of the lease is kept."""
+
+    segment: str
+    address: Address
+    revision: int
+    lease: Lease
+
+
 class Local(NamedTuple):
     """What this host's own configuration adds to a segment."""
 
     exclude: tuple[Range, ...] = ()
     routers: tuple[Address, ...] = ()
     cooldown: float = 300.0  # seconds
+    hold: float = 0.0  # seconds
     interface: str = ""  # the one that carries the segment, where that is not plain
 
 
@@ -154,15 +167,19 @@ class _Family:
         self.avoid = AddressSet()
         self.pending = AddressSet()  # being tried by a request of this daemon
         self.kinds: dict[str, AddressSet] = {}
+        self.held: dict[int, Lease] = {}  # this host's
         self.aliases: dict[int, dict[str, int]] = {}  # keys that spell the address another way -> revision
 
-    def set(self, number: int, entry: Entry) -> None:
+    def set(self, number: int, entry: Entry, held: Lease | None = None) -> None:
         old = self.entries.get(number)
         if old is not None:
             if old.revision > entry.revision:
                 return
             if old.kind != entry.kind:
                 self.kinds[old.kind].discard(number)
+        self.held.pop(number, None)
+        if held is not None:
+            self.held[number] = held
         self.entries[number] = entry
         self.taken.add(number)
         self.avoid.add(number)
@@ -173,6 +190,7 @@ class _Family:
         if old is None or old.revision > revision:
             return
         del self.entries[number]
+        self.held.pop(number, None)
         self.kinds[old.kind].discard(number)
         self._freed(number)
 
@@ -274,7 +292,7 @@ class View:
             before = self.revision
             went_back = revision < before
             newer = [
-                (segment, version, number, entry)
+                (segment, version, number, entry, family.held.get(number))
                 for segment, each in self._segments.items()
                 for version, family in each.families.items()
                 for number, entry in family.entries.items()
@@ -294,8 +312,8 @@ class View:
                 self._segment(name).families[version].pending = numbers
             for key, value, key_revision in values:
                 self._apply(key, value, key_revision)
-            for segment, version, number, entry in newer:  # our own transactions, which the list does not have yet
-                self._segment(segment).families[version].set(number, entry)
+            for segment, version, number, entry, held in newer:  # our own transactions, which the list does not have
+                self._segment(segment).families[version].set(number, entry, held)
             self._history = OrderedDict(sorted(self._history.items(), key=operator.itemgetter(1)))
             self._read_hosts()
             self.revision = revision
@@ -407,7 +425,7 @@ class View:
             # A number of its own: the one of the list would keep the list's memory from being given back, because the
             # interpreter frees only whole arenas (25 MB with 65,536 leases).
             entry = Entry(lease.kind, _interned(lease.host), lease.token, revision + 0)
-            family.set(number, entry)
+            family.set(number, entry, lease if (lease.kind, lease.host) == (HELD, self._host) else None)
             self.on_lease(key, entry)
 
     def _apply_range(self, name: str, taken: Range, key: str, value: bytes | None, revision: int) -> None:
@@ -437,13 +455,15 @@ class View:
         except ValueError as error:
             self._report(key, f"cannot be read: {error}")
             return
-        freed = parse_time(past[0].until) if past else None
-        if freed is not None:
+        # While it was held nobody used it: it rests since its container stopped.
+        used = next((each for each in past if each.kind != HELD), None)
+        freed = parse_time(used.until) if used else None
+        if used is not None and freed is not None:
             # Freed by a host whose clock is ahead, it still rests no longer than the cooldown.
             now = self._now()
-            if past[0].mac and past[0].kind == ENDPOINT:
-                self._ended_macs[past[0].mac] = min(freed, now)
-                self._ended_macs.move_to_end(past[0].mac)
+            if used.mac and used.kind == ENDPOINT:
+                self._ended_macs[used.mac] = min(freed, now)
+                self._ended_macs.move_to_end(used.mac)
                 while len(self._ended_macs) > ENDED_MACS:
                     self._ended_macs.popitem(last=False)
             until = min(freed, now) + self._cooldown(segment)
@@ -519,6 +539,28 @@ class View:
         return self._local(segment).cooldown
 
     # ------------------------------------------------------------------------------------ questions
+
+    def hold(self, pool: Pool) -> float:
+        """For how many seconds an address of the pool is kept for its container; the network's own word counts."""
+        return parse_duration(pool.hold) if pool.hold else self._local(pool.segment).hold
+
+    def held(self) -> list[Held]:
+        """What this host keeps for containers that stopped, in the order in which they did."""
+        with self._changed:
+            found = [
+                Held(name, address_of(version, number), family.entries[number].revision, lease)
+                for name, segment in self._segments.items()
+                for version, family in segment.families.items()
+                for number, lease in family.held.items()
+            ]
+        return sorted(found, key=lambda each: (parse_time(each.lease.since) or 0.0, each.revision))
+
+    def held_at(self, segment: str, address: Address) -> Held | None:
+        """What this host keeps at this address."""
+        with self._changed:
+            family = self._segment(segment).families[address.version]
+            lease = family.held.get(int(address))
+            return Held(segment, address, family.entries[int(address)].revision, lease) if lease else None
 
     def entry(self, segment: str, address: Address) -> Entry | None:
         with self._changed:
@@ -687,6 +729,11 @@ class View:
         with self._changed:
             return self._ended_macs.get(mac, 0.0) + ENDED_LATELY > self._now()
 
+    def has_ended(self, mac: str) -> bool:
+        """Whether a lease with this MAC has ended, of those remembered."""
+        with self._changed:
+            return bool(mac) and mac in self._ended_macs
+
     def peers(self, segment: str, subnet: Network, host: str) -> list[Address]:
         """The machines of the register that should be on this LAN, besides `host`: routers first, then living hosts."""
         found = [each for each in self.routers(segment) if each in subnet]
@@ -731,9 +778,7 @@ class View:
     def wanted_of(self, pool: Pool, host: str) -> bool:
         """Whether another host asks for standby in this pool's range."""
         where = pool.candidates
-        with self._changed:
-            asking = {pool_id for _, pool_id, name in self._wanted.values() if name != host}
-        for pool_id in asking:
+        for pool_id in self.wanted_by_others(host):
             with contextlib.suppress(Refused):
                 other = Pool.parse(pool_id)
                 theirs = other.candidates
@@ -745,22 +790,30 @@ class View:
                     return True
         return False
 
+    def wanted_by_others(self, host: str) -> set[str]:
+        """What other hosts wait for: PoolIDs, and single addresses as SEGMENT/ADDRESS."""
+        with self._changed:
+            return {what for _, what, name in self._wanted.values() if name != host}
+
     def wants_address(self, segment: str, address: Address, host: str) -> bool:
         """Whether another host asks for the standby at this very address."""
         asked = f"{segment}/{address}"
         with self._changed:
             return any(what == asked and name != host for _, what, name in self._wanted.values())
 
-    def standby_in(self, pool: Pool) -> list[tuple[Address, Entry]]:
-        """Everybody's standby that a container of this pool could have."""
-        where = pool.candidates
+    def spare_in(self, pool: Pool, *kinds: str) -> list[tuple[Address, Entry]]:
+        """Everybody's leases of these kinds (STANDBY, HELD) that a container of this pool could have."""
+        return [
+            (address, entry)
+            for kind in kinds
+            for segment, address, entry in self.of_kind(kind)
+            if segment == pool.segment and self.may_have(pool, address)
+        ]
+
+    def may_have(self, pool: Pool, address: Address) -> bool:
+        """Whether a container of this pool may have the address, once it is free."""
         with self._changed:
-            forbidden = self._forbidden_in(pool)
-            return [
-                (address, entry)
-                for segment, address, entry in self.of_kind(STANDBY)
-                if segment == pool.segment and where.contains(address) and int(address) not in forbidden
-            ]
+            return pool.candidates.contains(address) and int(address) not in self._forbidden_in(pool)
 
     def unused(self, pool: Pool, count: int, but: Address) -> list[Address]:
         """Some addresses of the subnet that the register knows nothing of, spread over it: nobody should have them."""

@@ -15,14 +15,16 @@ import subprocess
 import sys
 import tomllib
 import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from conftest import missing
-from tests.lab import ROUTER4, ROUTER6, Command, LabError, Result, Service, Switch, until
+from tests.lab import ROUTER4, ROUTER6, Command, Lab, LabError, Result, Service, Switch, until
 from tests.lab import missing as lab_missing
-from tests.lab.machines import CGROUPS, Place, remove_cgroups
-from tests.lab.node import ROOT, Node, ServiceEnded, children
+from tests.lab.machines import CGROUPS, Place, make_image, remove_cgroups
+from tests.lab.node import ROOT, Node, ServiceEnded, children, running
 
 CACHE = Path(os.environ.get("IPAM_TEST_CACHE") or "/var/cache/ipam-plugin-tests")
 SUITE, PYTHON = "bookworm", (3, 11)
@@ -255,3 +257,69 @@ class BootedHost(Booted):
             f"route add default via {ROUTER4}",
             f"route add default via {ROUTER6}",
         )
+
+
+# --- the LAN of README -------------------------------------------------------------------------------------
+
+HOSTS = ("host1", "host2", "host3")
+CHECKOUT = "/root/ipam-plugin"
+PRINTER = "192.168.77.140"  # of a machine that nobody has registered, as in README's drawing
+
+
+class Lan:
+    """Three booted Docker hosts, a router and a machine without Docker."""
+
+    def __init__(self, lab: Lab, hosts: list[BootedHost], options: list[str]) -> None:
+        self.lab = lab
+        self.hosts = {host.name: host for host in hosts}
+        self.printer = lab.machines[0]
+        self.printer.add_address(PRINTER)
+        self.before: list[str] = []
+        self.typed = False
+        self._options = options
+
+    def boot(self, host: BootedHost) -> None:
+        host.boot(*self._options)
+
+    def power_cut(self, *names: str) -> None:
+        """Of these hosts at once; nothing is shut down, their disks stay. Then they boot, without a hand."""
+        hosts = [self.hosts[name] for name in names]
+        at_once(lambda host: host.power_off() or "", hosts)
+        at_once(lambda host: self.boot(host) or "", hosts)
+
+    def everywhere(self, work: Callable[[BootedHost], str]) -> dict[str, str]:
+        return dict(zip(self.hosts, at_once(work, list(self.hosts.values())), strict=True))
+
+
+def at_once(work: Callable[[BootedHost], str], hosts: list[BootedHost]) -> list[str]:
+    with ThreadPoolExecutor(len(hosts)) as pool:
+        return list(pool.map(work, hosts))
+
+
+@contextlib.contextmanager
+def booted_lan() -> Iterator[Lan]:
+    """Before README's first command: Debian with Docker, a bridge, an image, a checkout. Afterwards nothing is left."""
+    tree, found = debian(), wheels()
+    mounts = Path("/proc/mounts").read_text()
+    with contextlib.ExitStack() as rest:
+        lab = rest.enter_context(Lab(hosts=0, machines=1, etcd=0))
+        image = lab.directory / "image.tar"
+        make_image(image, "/bin/busybox")
+        hosts = []
+        for number, name in enumerate(HOSTS, 11):
+            hosts.append(BootedHost(name, lab.directory / name, tree, lab.switch, Place(number)))
+            rest.callback(hosts[-1].power_off)
+            checkout(hosts[-1].disk / CHECKOUT.lstrip("/"))
+        lan = Lan(lab, hosts, [f"--bind-ro={found}:{WHEELS}", f"--bind-ro={image}:/opt/busybox.tar"])
+        at_once(lambda host: lan.boot(host) or "", hosts)
+        lan.everywhere(lambda host: host("docker import /opt/busybox.tar busybox", 60).stdout)
+        yield lan
+    assert Path("/proc/mounts").read_text() == mounts
+    assert not running(lab.name)
+    assert not lab.directory.exists()
+    assert [*CGROUPS.glob(lab.name), *CGROUPS.glob(f"*/{lab.name}")] == []
+
+
+def address_of(host: BootedHost, container: str) -> str:
+    shown = "'{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}'"
+    return host(f"docker inspect -f {shown} {container}").stdout.strip()

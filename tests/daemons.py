@@ -126,6 +126,7 @@ class DaemonProcess:
             "state_dir": str(self.state),
             "prefix": prefix,
             "probe": "off",
+            "boot_wait": "0s",  # of a host that booted long ago
             "metrics": {"listen": f"127.0.0.1:{self.metrics_port}" if self.metrics_port else ""},
             **config,
         }

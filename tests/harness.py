@@ -20,18 +20,23 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from fakes import FakeEtcd
+from ipam_plugin import evidence
 from ipam_plugin.addresses import Address, parse_address
 from ipam_plugin.app import create_app
 from ipam_plugin.claims import Claims, Stock
+from ipam_plugin.errors import DockerUnavailable
 from ipam_plugin.etcd import Delete, Put
+from ipam_plugin.evidence import Attachment, Known, Network
+from ipam_plugin.holds import Holds
 from ipam_plugin.interfaces import InterfaceAddress, Link
 from ipam_plugin.journal import Journal
 from ipam_plugin.ledger import Ledger
 from ipam_plugin.metrics import Metrics
-from ipam_plugin.model import Keys, Lease, decode
+from ipam_plugin.model import Keys, Lease, Pool, decode
 from ipam_plugin.neighbourhood import Habits, Neighbourhood
 from ipam_plugin.outage import Outage
 from ipam_plugin.packets import How
+from ipam_plugin.reconcile import Reconciler
 from ipam_plugin.register import Register
 from ipam_plugin.retire import Retirer
 from ipam_plugin.standby import Keeper
@@ -146,6 +151,65 @@ class FakeWire(Wire):
         return ""
 
 
+class FakeEngine:
+    """A dockerd of which a test says what it has. `shown` is called with each look, before its answer."""
+
+    def __init__(self) -> None:
+        self.id = "ENGINE"
+        self.networks: list[Network] = []
+        self.attachments: list[Attachment] = []
+        self.elsewhere: set[Address] = set()
+        self.containers: dict[str, Known] = {}
+        self.trouble = ""
+        self.skew = 0.0  # seconds by which looks begin later than they do: so that no test waits for two of them
+        self.looks = 0
+        self.shown: Callable[[], None] = lambda: None
+
+    def look(self) -> evidence.Look:
+        began = time.monotonic() + self.skew
+        self.looks += 1
+        self.shown()
+        if self.trouble:
+            raise DockerUnavailable(self.trouble)
+        return evidence.Look(
+            began,
+            time.monotonic() + self.skew,
+            self.id,
+            tuple(self.networks),
+            tuple(self.attachments),
+            frozenset(self.elsewhere),
+            dict(self.containers),
+        )
+
+    def create(self, name: str = "lan", *subnets: tuple[str, str], **options: str) -> None:
+        self.networks.append(Network(f"id of {name}", name, "bridge", subnets or ((SUBNET, ""),), options))
+
+    def start(self, container: str, address: str, mac: str = "", network: str = "lan", image: str = "busybox") -> None:
+        fixed: frozenset[Address] = frozenset()
+        self.containers[f"id of {container}"] = Known(container, image, True, fixed)
+        self.attachments.append(
+            Attachment(f"id of {network}", network, parse_address(address), mac, f"id of {container}", container, "")
+        )
+
+    def vanish(self, container: str) -> None:
+        """It is gone, and nobody was told."""
+        self.attachments = [each for each in self.attachments if each.container != container]
+        self.containers.pop(f"id of {container}", None)
+
+
+class FakeState:
+    """The files of a state_dir, in memory."""
+
+    def __init__(self, files: dict[str, str]) -> None:
+        self._files = files
+
+    def read(self, name: str) -> str:
+        return self._files.get(name, "")
+
+    def write(self, name: str, text: str) -> None:
+        self._files[name] = text
+
+
 class _Kernel:
     """interfaces.py, with what the test says that the host carries."""
 
@@ -197,11 +261,14 @@ class Host:
         wire: FakeLan | None = None,
         journal: Path | None = None,
         retire_after: float | None = None,
+        grace: float = 0.0,
+        state: dict[str, str] | None = None,
     ) -> None:
         self.etcd = etcd
         self.name = name
         self.carried = list(carried)
         self.alarms: list[tuple[str, str]] = []
+        self.ahead = 0.0  # seconds by which the clock that ends holds is
         self.view = View(KEYS, name, local)
         self.ledger = Ledger(etcd, self.view, KEYS, name)
         self.neighbourhood = Neighbourhood(
@@ -235,9 +302,11 @@ class Host:
             self.neighbourhood,
             alarm=lambda kind, text: self.alarms.append((kind, text)),
         )
+        self.holds = Holds(self.ledger, self.view, name, self.outage.is_waiting, now=lambda: time.time() + self.ahead)
         self.neighbourhood.on_heard = self.keeper.heard
         self.claims.on_shortage = self.keeper.wake
-        self.view.on_wanted = self.keeper.wake
+        self.claims.is_ending = self.holds.is_ending
+        self.view.on_wanted = self._wanted
         self.view.on_pools = self.keeper.wake
         self.register = Register(
             self.ledger,
@@ -250,7 +319,26 @@ class Host:
             segments=lambda: {segment, *self.view.segments_of(name)},
             carried=lambda deadline: list(self.carried),
             alarm=lambda kind, text: self.alarms.append((kind, text)),
-            on_given=self.keeper.given,
+            on_given=self._given,
+            is_gone=lambda *asked: self.reconciler.is_gone(*asked),
+        )
+        self.engine = FakeEngine()
+        self.state: dict[str, str] = {} if state is None else state
+        self.reconciler = Reconciler(
+            self.engine,
+            self.register,
+            self.ledger,
+            self.claims,
+            self.view,
+            KEYS,
+            name,
+            self.neighbourhood,
+            FakeState(self.state),
+            grace=grace,
+            default_segment=segment,
+            carried=lambda deadline: list(self.carried),
+            alarm=lambda kind, text: self.alarms.append((kind, text)),
+            pending=lambda segment, address: self.outage.of(segment, address) is not None,
         )
         self.serves = True
         self.retirer = Retirer(
@@ -267,15 +355,18 @@ class Host:
         )
         self.view.on_orders = self.retirer.wake
         self.metrics = Metrics()
-        self.app = create_app(self.register, self._serving, time_limit=time_limit, metrics=self.metrics)
+        self._time_limit = time_limit
+        self.app = create_app(self.register, self._admit, metrics=self.metrics)
         self._stop = threading.Event()
         self._gate = threading.Event()
         self._gate.set()
         self._threads = [threading.Thread(target=self._watch, name=f"watch of {name}", daemon=True)]
         self._threads[0].start()
 
-    def _serving(self, deadline: float) -> None:
+    def _admit(self, arrival: float) -> float:
+        deadline = arrival + self._time_limit
         assert self.view.loaded.wait(max(0.0, deadline - time.monotonic()))
+        return deadline
 
     def _watch(self) -> None:
         def reset(values: Any, revision: int) -> None:
@@ -321,6 +412,17 @@ class Host:
         )
         self._threads[-1].start()
 
+    def _given(self, pool: Pool, address: Address, mac: str) -> None:
+        self.keeper.given(pool, address, mac)
+        self.reconciler.given(pool, address, mac)
+
+    def reconcile(self) -> None:
+        """Start the thread that looks at the engine."""
+        self._threads.append(
+            threading.Thread(target=self.reconciler.run, args=(self._stop,), name=f"reconciler of {self.name}")
+        )
+        self._threads[-1].start()
+
     def carry_out(self) -> None:
         """Start the thread that carries out the journal."""
         self._threads.append(
@@ -340,6 +442,15 @@ class Host:
         """From now on nothing can be written to the journal."""
         self._directory.cleanup()
 
+    def tend_holds(self) -> None:
+        """Start the thread that ends holds."""
+        self._threads.append(threading.Thread(target=self.holds.run, args=(self._stop,), name=f"holds of {self.name}"))
+        self._threads[-1].start()
+
+    def _wanted(self) -> None:
+        self.keeper.wake()
+        self.holds.wake()
+
     def catch_up(self) -> None:
         """Until the view has all that is in etcd now."""
         assert self.view.loaded.wait(PATIENCE)
@@ -352,7 +463,9 @@ class Host:
         self.ledger.stop_freeing_orphans()
         self.keeper.close()
         self.retirer.close()
+        self.reconciler.close()
         self.outage.wake()
+        self.holds.wake()
         self.etcd.set_down(self.etcd.down)  # wakes the watch
         for each in self._threads:
             each.join(PATIENCE)

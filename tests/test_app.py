@@ -358,7 +358,7 @@ class _Broken:
 @pytest.mark.parametrize("method", ENDPOINTS)
 def test_our_own_bug_is_an_answer_too(method: str, caplog: pytest.LogCaptureFixture) -> None:
     """A bug of ours is a 500 in one line with a reference into the log; the caller sees nothing of its inside."""
-    app = create_app(_Broken(), lambda deadline: None, time_limit=1, metrics=Metrics())
+    app = create_app(_Broken(), lambda arrival: arrival + 1, metrics=Metrics())
     body = {"PoolID": POOL, "Address": "192.168.1.5", "Pool": "192.168.1.0/24"}
     answer = app.test_client().post(f"/IpamDriver.{method}", data=json.dumps(body))
     assert answer.status_code == 500
@@ -457,3 +457,40 @@ def test_the_deadline_is_kept_while_etcd_is_silent(method: str) -> None:
             assert reply.status == 503
             assert "etcd" in reply.error
         etcd.gate.set()
+
+
+class _Recorder(_Broken):
+    """A register that notes the deadline that each of Docker's requests gets."""
+
+    def __init__(self) -> None:
+        self.deadlines: list[float] = []
+
+    def request_address(self, request: Any, deadline: float) -> str:
+        self.deadlines.append(deadline)
+        return "192.168.1.5/24"
+
+
+def test_whoever_admits_a_request_says_its_deadline() -> None:
+    """P6: counted from its arrival, or at boot from the moment when the host serves."""
+    register = _Recorder()
+    app = create_app(register, lambda arrival: arrival + 1000, metrics=Metrics())
+    body = {"PoolID": POOL, "Address": "", "Options": {MAC: "02:00:00:00:00:01"}}
+    before = time.monotonic()
+    assert app.test_client().post("/IpamDriver.RequestAddress", data=json.dumps(body)).status_code == 200
+    [deadline] = register.deadlines
+    assert before + 1000 <= deadline <= time.monotonic() + 1000
+
+
+def test_a_request_that_is_not_admitted_is_refused_with_the_reason() -> None:
+    """P7: and the register never sees it."""
+
+    def admit(arrival: float) -> float:
+        raise NotServing("etcd is not there: no leader")
+
+    register = _Recorder()
+    body = {"PoolID": POOL, "Address": "", "Options": {MAC: "02:00:00:00:00:01"}}
+    answer = create_app(register, admit, metrics=Metrics()).test_client().post(
+        "/IpamDriver.RequestAddress", data=json.dumps(body)
+    )  # fmt: skip
+    assert (answer.status_code, json.loads(answer.data)["Err"]) == (503, "etcd is not there: no leader")
+    assert register.deadlines == []

@@ -251,7 +251,7 @@ def test_uninstall_and_install_on_a_live_system(system: System) -> None:
     said = system("/opt/ipam-plugin/bin/ipam-plugin", "uninstall", seconds=60)
     assert re.search(
         r"ipam-plugin\.socket and ipam-plugin\.service stopped and disabled\n"
-        rf"standby addresses of host {kept} given back: 2\n"
+        rf"standby and held addresses of host {kept} given back: 2\n"
         r"[^\n]+ removed\n",
         said,
     ), said

@@ -582,3 +582,54 @@ def test_a_renamed_host_takes_its_own_address_along() -> None:
         decisions.register_own(used, CLAIM, CARRIER)
     with pytest.raises(AddressTaken):
         decisions.register_own(msgspec.structs.replace(lease, mac="52:54:00:00:00:99"), CLAIM, CARRIER)
+
+
+# ------------------------------------------------------------------------------- what a look at dockerd changes
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize("host", [ME, OTHER])
+@pytest.mark.parametrize("token", ["meant", "given again since"])
+def test_only_the_lease_that_was_meant_ends_or_is_named(kind: str, host: str, token: str) -> None:
+    """P3: between the look and the transaction the address may have become another container's, or another host's."""
+    lease = Lease(kind=kind, host=host, token=token, mac=MAC, noted=1)
+    meant = (kind, host, token) == (ENDPOINT, ME, "meant")
+    assert decisions.end_orphan(lease, CLAIM, "meant", False) is (FREE if meant else KEEP)
+    named = decisions.name_container(lease, CLAIM, "meant", Container("web"), CARD)
+    if meant:
+        assert named == msgspec.structs.replace(lease, container=Container("web"))
+        assert decisions.name_container(named, CLAIM, "meant", Container("web"), CARD) is KEEP  # type: ignore[arg-type]
+    else:
+        assert named is KEEP
+
+
+def test_an_orphan_that_an_interface_carries_stays_the_hosts() -> None:
+    lease = Lease(kind=ENDPOINT, host=ME, token="meant")
+    ended = decisions.end_orphan(lease, CLAIM, "meant", True)
+    assert isinstance(ended, Lease)
+    assert (ended.kind, ended.host) == (HOST, ME)
+    assert decisions.end_orphan(None, CLAIM, "meant", False) is KEEP
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize("host", [ME, OTHER])
+def test_a_running_container_gets_back_what_is_nobody_elses(kind: str, host: str) -> None:
+    lease = Lease(kind=kind, host=host, mac=CARD)
+    if (kind, host) == (ENDPOINT, ME):
+        assert decisions.restore_endpoint(lease, CLAIM, MAC, None, False) is KEEP
+    elif kind in (HELD, STANDBY) and host == ME:
+        restored = decisions.restore_endpoint(lease, CLAIM, MAC, None, True)
+        assert isinstance(restored, Lease)
+        assert (restored.kind, restored.mac, restored.fixed, restored.token) == (ENDPOINT, MAC, True, CLAIM.token)
+    else:
+        with pytest.raises(AddressTaken):
+            decisions.restore_endpoint(lease, CLAIM, MAC, None, False)
+
+
+def test_a_conflict_with_the_containers_own_mac_is_the_container() -> None:
+    found = Lease(kind=CONFLICT, mac=MAC)
+    assert isinstance(decisions.restore_endpoint(found, CLAIM, MAC, None, False), Lease)
+    with pytest.raises(AddressTaken):
+        decisions.restore_endpoint(Lease(kind=CONFLICT), CLAIM, "", None, False)
+    own = Lease(kind=ROUTER, holders=(Holder(ME, POOL.id),))
+    assert decisions.restore_endpoint(own, CLAIM, MAC, None, False) is KEEP

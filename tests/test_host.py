@@ -25,7 +25,7 @@ from ipam_plugin import interfaces
 from ipam_plugin.claims import Claims, Stock
 from ipam_plugin.errors import ConfigError, NotServing
 from ipam_plugin.etcd import Delete, KeyValue, Put
-from ipam_plugin.host import HEARTBEAT, Alarms, Predecessor, Presence, StateDir, host_name, predecessor
+from ipam_plugin.host import HEARTBEAT, Alarms, BootWait, Predecessor, Presence, StateDir, host_name, predecessor
 from ipam_plugin.interfaces import InterfaceAddress
 from ipam_plugin.journal import Journal
 from ipam_plugin.ledger import Ledger
@@ -180,6 +180,8 @@ class Node:
         name: str = "a",
         carried: list[InterfaceAddress] | None = None,
         segment: str = "lan",
+        request_limit: float = 15.0,
+        boot_wait: float = 0.0,
     ) -> None:
         self.segment = segment
         self.state = StateDir(str(state))
@@ -197,6 +199,8 @@ class Node:
             carried=lambda deadline: self.carried,
             time_limit=0.5,
             listens_with=lambda: self.macs,
+            request_limit=request_limit,
+            boot_wait=boot_wait,
         )
         ledger = Ledger(etcd, self.view, KEYS, name)
         neighbourhood = Neighbourhood(
@@ -271,8 +275,9 @@ def start(etcd: FakeEtcd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
             name: str = "a",
             carried: list[InterfaceAddress] | None = None,
             segment: str = "lan",
+            **waits: float,
         ) -> Node:
-            node = Node(etcd, tmp_path / state, name, carried, segment)
+            node = Node(etcd, tmp_path / state, name, carried, segment, **waits)
             stack.callback(node.stop)
             return node.start()
 
@@ -619,7 +624,8 @@ def test_a_host_that_is_there_again_is_not_absent(etcd: FakeEtcd, start: Callabl
 def test_the_record_names_the_macs_that_it_listens_with(etcd: FakeEtcd, start: Callable[..., Node]) -> None:
     """Section 7: the parent of a macvlan network has no address, and is no stranger to the others all the same."""
     node, other = start(), start("b", "b")
-    node.presence.serving(time.monotonic() + 20)
+    for each in (node, other):
+        each.presence.serving(time.monotonic() + 20)
     node.macs |= {"52:54:00:00:00:09", "52:54:00:00:00:02"}
     node.presence.changed()
 
@@ -785,3 +791,167 @@ def test_a_storm_of_alarms_does_not_fill_the_log(caplog: pytest.LogCaptureFixtur
         alarms.tend()
         clock.now += 60
     assert logged() == ["ALARM storm: 40 more within a minute were counted and are not in this log"]
+
+
+# --- at boot -------------------------------------------------------------------------------------------
+
+
+def test_requests_of_a_boot_share_one_window() -> None:
+    """docker-net-dhcp#44: dockerd asks for one container after the other. An etcd that never comes costs its start the
+    window once, and the time limit for each further one.
+    """
+    wait = BootWait(15, 60, over=False)
+    assert not wait.is_over(1000)  # it begins with the first request that waits
+    assert wait.give_up(100) == 160
+    assert wait.give_up(130) == 160
+    assert wait.give_up(150) == 165
+    assert wait.give_up(160) == 175
+    assert not wait.is_over(159)
+    assert wait.is_over(160)
+
+
+def test_a_request_that_waited_at_boot_has_its_own_time_yet() -> None:
+    """The wait for etcd is not taken from it; it waits no longer than boot_wait and its time limit in all."""
+    wait = BootWait(15, 60, over=False)
+    wait.give_up(100)
+    wait.served()
+    assert wait.answer_by(100, 140) == 155
+    assert wait.answer_by(150, 160) == 175
+    assert wait.answer_by(150, 161) == 165  # beyond the window it is counted from the arrival, as ever
+
+
+@pytest.mark.parametrize("why", ["over", "served", "stopped"])
+def test_without_a_boots_window_every_request_has_its_time_limit(why: str) -> None:
+    """P6: a daemon that is restarted, one that serves before Docker asks, one that is to stop."""
+    wait = BootWait(15, 60, over=why == "over")
+    if why == "served":
+        wait.served()
+    if why == "stopped":
+        wait.stop(99)
+    assert wait.is_over(100) == (why != "stopped")  # the next daemon of this boot may wait yet
+    assert wait.give_up(100) == 115
+    assert wait.answer_by(100, 110) == 115
+
+
+@given(
+    st.integers(1, 60),
+    st.integers(0, 90),
+    st.lists(st.tuples(st.integers(0, 200), st.integers(0, 200)), min_size=1, max_size=20),
+)
+def test_no_request_of_a_boot_waits_without_end(limit: int, seconds: int, asked: list[tuple[int, int]]) -> None:
+    """P6: however many, and whenever etcd comes: each has its whole time limit, and boot_wait beyond it at most."""
+    wait = BootWait(limit, seconds, over=False)
+    for arrival, waits in sorted(asked):
+        last = wait.give_up(arrival)
+        deadline = wait.answer_by(arrival, min(arrival + waits, last))
+        assert arrival + limit <= last <= arrival + max(limit, seconds)
+        assert arrival + limit <= deadline <= arrival + limit + seconds
+
+
+def test_at_boot_a_request_waits_until_etcd_has_a_leader(etcd: FakeEtcd, start: Callable[..., Node]) -> None:
+    """calico#746: Docker never repeats a start that failed at boot. Beyond its time limit the request still waits, and
+    then has that limit for itself.
+    """
+    etcd.set_down(True)
+    node = start(request_limit=0.3, boot_wait=30.0)
+    arrival = time.monotonic()
+    answer: list[float] = []
+    asking = threading.Thread(target=lambda: answer.append(node.presence.admit(arrival)))
+    asking.start()
+    until(lambda: "etcd is not there" in node.reason() and time.monotonic() > arrival + 0.6, "it waits")
+    assert asking.is_alive()
+    etcd.set_down(False)
+    asking.join(20)
+    [deadline] = answer
+    assert arrival + 0.9 < deadline <= time.monotonic() + 0.3
+    arrival = time.monotonic()
+    assert node.presence.admit(arrival) == arrival + 0.3
+
+
+@pytest.mark.parametrize("served", [True, False], ids=["it served", "its window was over"])
+def test_the_wait_of_a_boot_comes_once(
+    served: bool, etcd: FakeEtcd, start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon that is started again in the same boot, on the same disk, answers within the time limit; not so after
+    the next boot.
+    """
+    etcd.set_down(not served)
+    first = start(request_limit=0.1, boot_wait=0.3)
+    if served:
+        until(first.serves, "serving")
+    else:
+        began = time.monotonic()
+        assert "etcd is not there" in refusal(NotServing, first.presence.admit, began)
+        assert 0.3 <= time.monotonic() - began < 5
+    until(lambda: first.state.read("boot"), "what is kept of this boot")
+    first.stop()
+    etcd.set_down(True)
+    again = start(request_limit=0.1, boot_wait=600.0)
+    began = time.monotonic()
+    assert refusal(NotServing, again.presence.admit, began)
+    assert 0.1 <= time.monotonic() - began < 5
+    again.stop()
+    process = host_module._this_process
+    monkeypatch.setattr(
+        host_module, "_this_process", lambda *who: msgspec.structs.replace(process(*who), boot_id="the next boot")
+    )
+    after = start(request_limit=0.1, boot_wait=0.6)
+    began = time.monotonic()
+    assert refusal(NotServing, after.presence.admit, began)
+    assert 0.6 <= time.monotonic() - began < 5
+
+
+def test_what_served_at_boot_has_no_wait_left(etcd: FakeEtcd, start: Callable[..., Node]) -> None:
+    """A host that served before Docker asked, and then lost its name, answers within the time limit."""
+    node = start(request_limit=0.1, boot_wait=600.0)
+    until(node.serves, "serving")
+    put(etcd, KEYS.heartbeat("a"), encode(STRANGER))
+    until(lambda: not node.serves(), "another has the name")
+    began = time.monotonic()
+    refused: list[str] = []
+    asking = threading.Thread(
+        target=lambda: refused.append(refusal(NotServing, node.presence.admit, began)), daemon=True
+    )
+    asking.start()
+    asking.join(5)
+    assert refused
+
+
+def test_a_stop_ends_the_wait_of_a_boot(etcd: FakeEtcd, start: Callable[..., Node]) -> None:
+    """An operator mends the configuration and restarts the daemon: nobody waits a minute for that, and each request
+    has an answer.
+    """
+    etcd.set_down(True)
+    node = start(request_limit=0.1, boot_wait=600.0)
+    until(lambda: "etcd is not there" in node.reason(), "the reason")
+    refused: list[str] = []
+    arrival = time.monotonic()
+    asking = threading.Thread(
+        target=lambda: refused.append(refusal(NotServing, node.presence.admit, arrival)), daemon=True
+    )
+    asking.start()
+    until(lambda: time.monotonic() > arrival + 0.3, "longer than the time limit")
+    assert asking.is_alive()
+    node.presence.stopping()
+    asking.join(5)
+    assert "etcd is not there" in refused[0]
+    node.stop()
+    assert node.state.read("boot") == ""  # the next daemon of this boot may let requests wait
+
+
+def test_a_disk_that_cannot_keep_the_boot_costs_nobody_his_address(
+    etcd: FakeEtcd, start: Callable[..., Node], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is only a shorter wait that is lost."""
+    write = StateDir.write
+
+    def full(state: StateDir, name: str, text: str) -> None:
+        if name == "boot":
+            raise OSError(28, "No space left on device")
+        write(state, name, text)
+
+    monkeypatch.setattr(StateDir, "write", full)
+    node = start(boot_wait=60.0)
+    until(node.serves, "serving")
+    until(lambda: "cannot be written: [Errno 28]" in caplog.text, "the warning")
+    assert node.presence.admit(time.monotonic())

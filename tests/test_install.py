@@ -115,7 +115,7 @@ def test_another_systems_register_is_left_alone(system: Path) -> None:
     assert not (system / SERVICE).exists()
 
 
-@pytest.mark.parametrize("given", [["standby addresses of host a given back: 2"], []])
+@pytest.mark.parametrize("given", [["standby and held addresses of host a given back: 2"], []])
 def test_a_daemon_that_was_started_by_hand_gives_back_too(
     system: Path, monkeypatch: pytest.MonkeyPatch, given: list[str]
 ) -> None:
@@ -473,3 +473,27 @@ def test_the_order_of_start(units: Path) -> None:
     socket_unit = (units / "ipam-plugin.socket").read_text()
     assert f"ListenStream={spec.removeprefix('unix://')}\n" in socket_unit
     assert "SocketMode=0600\n" in socket_unit
+
+
+# --- Docker's group --------------------------------------------------------------------------------------
+
+
+def members(root: Path, group: str) -> list[str]:
+    lines = (root / "etc/group").read_text().splitlines()
+    return next(line for line in lines if line.startswith(f"{group}:")).rpartition(":")[2].split(",")
+
+
+def test_the_user_may_look_at_dockerd(system: Path) -> None:
+    """Where there is a group docker, and once: an operator who takes the user out again meant it."""
+    with open(system / "etc/group", "a") as groups:
+        groups.write("docker:x:990:ann\n")
+    with open(system / "etc/gshadow", "a") as groups:
+        groups.write("docker:!::ann\n")
+    said = installing.install(root=str(system), executable="/bin/true", start=False)
+    assert members(system, "docker") == ["ann", "ipam-plugin"]
+    assert any("put into group docker" in line and "equals root" in line for line in said)
+    text = (system / "etc/group").read_text().replace("ann,ipam-plugin", "ann")
+    (system / "etc/group").write_text(text)
+    again = installing.install(root=str(system), executable="/bin/true", start=False)
+    assert members(system, "docker") == ["ann"]
+    assert not any("group docker" in line for line in again)

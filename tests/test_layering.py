@@ -26,6 +26,7 @@ ALLOWED = {
     "vendors": set(),
     "evidence": {"addresses", "errors", "model"},
     "dockerd": {"addresses", "errors", "evidence"},
+    "check": {"addresses", "decisions", "errors", "evidence", "model"},
     "etcd3_import": set(),
     "etcd": {"errors", "etcd3_import"},
     "config": {"addresses", "errors"},
@@ -37,22 +38,30 @@ ALLOWED = {
     "journal": {"addresses", "errors", "model"},
     "outage": {"addresses", "errors", "journal", "model"},
     "claims": {"addresses", "decisions", "errors", "etcd", "ledger", "model", "neighbourhood", "outage", "view"},
+    "holds": {"addresses", "decisions", "errors", "evidence", "ledger", "model", "view"},
     "standby": {"addresses", "claims", "errors", "ledger", "model", "neighbourhood", "view", "wire"},
     "register": {
         "addresses", "claims", "decisions", "errors", "etcd", "journal", "ledger", "model", "neighbourhood", "outage",
         "protocol", "view",
     },
+    "reconcile": {
+        "addresses", "claims", "decisions", "errors", "evidence", "ledger", "model", "neighbourhood", "register",
+        "view",
+    },
     "retirement": {"decisions", "model"},
     "retire": {"addresses", "errors", "etcd", "ledger", "model", "neighbourhood", "retirement", "view"},
-    "operations": {"addresses", "errors", "etcd", "model"},
+    "operations": {"addresses", "check", "errors", "etcd", "model"},
     "host": {"errors", "etcd", "interfaces", "model", "register", "view"},
     "app": {"errors", "metrics", "model", "protocol"},
     "daemon": {
-        "addresses", "app", "claims", "config", "embedded_etcd", "errors", "etcd", "host", "interfaces", "journal",
-        "ledger", "metrics", "model", "neighbourhood", "outage", "register", "retire", "standby", "vendors", "view",
-        "wire",
+        "addresses", "app", "claims", "config", "dockerd", "embedded_etcd", "errors", "etcd", "holds", "host",
+        "interfaces", "journal", "ledger", "metrics", "model", "neighbourhood", "outage", "reconcile", "register",
+        "retire", "standby", "vendors", "view", "wire",
     },
-    "cli": {"addresses", "config", "daemon", "errors", "host", "install", "model", "operations", "scan", "vendors"},
+    "cli": {
+        "addresses", "check", "config", "daemon", "dockerd", "errors", "evidence", "host", "install", "model",
+        "operations", "scan", "vendors",
+    },
 }  # fmt: skip
 
 # Who may import a library, by its top-level name.
@@ -72,6 +81,7 @@ OWNERS = {
     "rich": {"cli"},
     "msgspec": {
         "app",
+        "check",
         "cli",
         "config",
         "daemon",
@@ -96,8 +106,9 @@ PURE = {
     "model": {"collections", "dataclasses", "datetime", "functools", "re", "typing"},
     "protocol": {"enum", "re", "typing"},
     "decisions": {"collections", "enum", "ipaddress", "typing"},
-    "evidence": {"collections", "typing"},
+    "evidence": {"collections", "enum", "typing"},
     "retirement": {"collections", "typing"},
+    "check": {"collections", "datetime", "typing"},
 }
 CLOCKS = {"now", "utcnow", "today", "time", "monotonic"}
 

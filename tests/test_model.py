@@ -286,7 +286,9 @@ def test_fields_of_a_newer_version_are_ignored() -> None:
         (Lease("conflict", "b", "3c:22:fb:00:00:01"), "a machine that is none of ours (MAC 3c:22:fb:00:00:01)"),
         (Lease("conflict"), "a machine that is none of ours (MAC unknown)"),
         (Lease("standby", "b"), "standby of host b"),
-        (Lease("held", "b"), "held of host b"),
+        (Lease("held", "b"), "a hold for a container on host b until an unknown time, stopped"),
+        (Lease("held", "b", container=Container("web"), since="2025-01-01T00:00:00.000Z", until="2025-01-01T00:10:00Z"),
+         "a hold for container web on host b until 2025-01-01T00:10:00Z, stopped since 2025-01-01T00:00:00.000Z"),
     ],
 )  # fmt: skip
 def test_a_lease_tells_who_has_it(lease: Lease, told: str) -> None:

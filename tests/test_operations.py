@@ -11,12 +11,16 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import pytest
 
 from fakes import FakeEtcd, Fault, Writes
 from harness import KEYS, NAME, Host, Lan, bridge
-from ipam_plugin import cli, daemon, install
+from ipam_plugin import check, cli, daemon, install, scan
 from ipam_plugin.addresses import parse_address
+from ipam_plugin.errors import DockerUnavailable, ProbeFailed
+from ipam_plugin.evidence import Attachment, Look, Network
+from ipam_plugin.interfaces import Link
 from ipam_plugin.model import Alive, HostAddress, Lease, SegmentSettings, decode, encode
 from ipam_plugin.model import Host as HostRecord
 
@@ -469,13 +473,14 @@ def test_uninstall_gives_this_hosts_standby_back(uninstall: Callable[[], list[st
         "default/192.168.1.3": standby,
         "default/fd00::3": standby,
         "lab/192.168.1.3": standby,
+        "lab/192.168.1.4": standby | {"kind": "held"},
         "default/192.168.1.4": standby | {"host": "b"},
         "default/192.168.1.5": standby | {"kind": "endpoint"},
         "default/192.168.1.6": standby | {"kind": "conflict", "host": "", "by": "a"},
     }.items():
         lan.put(f"{KEYS.leases}{place}", json.dumps(lease))
     lan.put(f"{KEYS.leases}default/192.168.1.7", "junk")
-    assert uninstall() == ["standby addresses of host a given back: 3"]
+    assert uninstall() == ["standby and held addresses of host a given back: 4"]
     left = [key.removeprefix(KEYS.leases) for key in sorted(lan.keys())]
     assert left == [f"default/192.168.1.{number}" for number in (4, 5, 6, 7)]
 
@@ -679,3 +684,172 @@ def test_wrong_types_do_not_harm_a_command(run: Run, lan: Lan, a: Host, value: s
             told = run(*command, "-o", output)
             assert told.status == 0
             assert told.out
+
+
+# ------------------------------------------------------------------------------------- comparing
+
+
+class FakeDockerd:
+    """dockerd as a test has it: its networks and containers, or why it does not answer."""
+
+    def __init__(self) -> None:
+        self.look_of: Look | None = Look(0, 0, "engine", (), (), frozenset(), {})
+        self.then: list[Callable[[], None]] = []  # before each look
+
+    def __call__(self, socket: str) -> FakeDockerd:
+        return self
+
+    def look(self) -> Look:
+        if self.then:
+            self.then.pop(0)()
+        if self.look_of is None:
+            raise DockerUnavailable("dockerd at /x does not answer: it is a test")
+        return self.look_of
+
+    def close(self) -> None: ...
+
+    def runs(self, addresses: Mapping[str, str], subnet: str = "192.168.1.0/24") -> None:
+        network = Network("n", "lan", "bridge", ((subnet, ""),), {})
+        attached = [
+            Attachment("n", "lan", parse_address(each), mac, f"id-{each}", "web", "busybox")
+            for each, mac in addresses.items()
+        ]
+        assert self.look_of is not None
+        self.look_of = self.look_of._replace(networks=(network,), attachments=tuple(attached))
+
+
+@pytest.fixture
+def docker(monkeypatch: pytest.MonkeyPatch, a: Host, tmp_path: Path) -> FakeDockerd:
+    """Host a with its dockerd, on a LAN where only `machines` of the test answer."""
+    made = FakeDockerd()
+    monkeypatch.setattr("ipam_plugin.dockerd.Dockerd", made)
+    monkeypatch.setattr(scan, "require_rights", lambda: None)
+    links = [Link(2, "br0", "02:00:00:00:00:01", "bridge", carrier=True, up=True, loopback=False, master="")]
+    monkeypatch.setattr(scan, "interfaces_of_this_machine", lambda: (a.carried, links))
+    monkeypatch.setattr(scan, "ask", lambda target, addresses, **_: scan.Report({}, {}, len(addresses), ""))
+    monkeypatch.setattr(check, "APART", 0.0)
+    config = tmp_path / "config.yaml"
+    config.write_text("host: a\netcd: {endpoints: [http://127.0.0.1:2379]}\ndocker: {grace: 30s}\n")
+    return made
+
+
+def aged(lan: Lan, address: str) -> Lease:
+    """The lease, as if it had been given long ago."""
+    lease = lan.lease(address)
+    assert lease is not None
+    old = msgspec.structs.replace(lease, since="2020-01-01T00:00:00Z")
+    lan.put(f"{KEYS.leases}default/{address}", encode(old))
+    return old
+
+
+@pytest.fixture
+def alive(lan: Lan, a: Host) -> None:
+    lan.put(f"{KEYS.hosts}a", encode(HostRecord("a")))
+    lan.put(f"{KEYS.alive}a", encode(Alive("a", "m", "b", "p")))
+
+
+def test_check_finds_nothing(run: Run, lan: Lan, a: Host, docker: FakeDockerd, alive: None) -> None:
+    """Where register, Docker and wire agree the status is 0."""
+    web = a.run(a.create())
+    lease = lan.lease(web)
+    assert lease is not None
+    docker.runs({web: lease.mac})
+    told = run("check")
+    assert (told.status, told.out, told.err) == (0, "", "no differences\n")
+    assert run("check", "-o", "json").json == []
+
+
+def test_check_repairs(run: Run, lan: Lan, a: Host, docker: FakeDockerd, alive: None) -> None:
+    """A vanished container's lease goes, with its history; a lost lease comes back; then nothing is left."""
+    pool = a.create()
+    web, gone, lost = a.run(pool), a.run(pool), a.run(pool)
+    macs = {each: lease.mac for each, lease in lan.leases().items()}
+    aged(lan, gone)
+    lan.delete(f"{KEYS.leases}default/{lost}")
+    docker.runs({web: macs[web], lost: macs[lost]})
+    before = lan.keys()
+    told = run("check", "-o", "json")
+    assert told.status == 1
+    found = json.loads(told.out)
+    assert {(each["kind"], each["address"], each["repaired"]) for each in found} == {
+        ("vanished", gone, False),
+        ("no_lease", lost, False),
+    }
+    assert set(found[0]) == {"segment", "address", "kind", "what", "cause", "cure", "repaired"}
+    assert lan.keys() == before, "a check without --repair writes nothing"
+    mended = run("check", "--repair")
+    assert mended.status == 1
+    assert "2 found, 2 repaired, 0 left" in mended.err
+    assert "looking again in" in mended.err
+    assert set(lan.of_kind("endpoint")) == {web, lost}
+    again = lan.lease(lost)
+    assert again is not None
+    assert (again.host, again.mac, again.pool, bool(again.token)) == ("a", macs[lost], pool, True)
+    assert "found gone by check" in run("show", gone).out
+    assert run("check").status == 0
+
+
+def test_check_frees_only_what_it_found_twice(run: Run, lan: Lan, a: Host, docker: FakeDockerd, alive: None) -> None:
+    """A container that has got the address between the two looks, under a new lease or the old one, keeps it (P3)."""
+    gone = a.run(a.create())
+    docker.runs({})
+    lease = aged(lan, gone)
+    docker.then = [lambda: None, lambda: None, lambda: docker.runs({gone: lease.mac})]
+    assert "0 repaired, 1 left" in run("check", "--repair").err
+    assert lan.of_kind("endpoint") == [gone]
+    docker.runs({})
+    fresh = msgspec.structs.replace(lease, token="another")
+    docker.then = [lambda: None, lambda: None, lambda: lan.put(f"{KEYS.leases}default/{gone}", encode(fresh))]
+    assert "0 repaired, 1 left" in run("check", "--repair").err
+    assert lan.lease(gone) == fresh
+    # And another engine proves nothing.
+    assert docker.look_of is not None
+    other = docker.look_of._replace(engine="other")
+    docker.then = [lambda: None, lambda: None, lambda: setattr(docker, "look_of", other)]
+    assert "0 repaired, 1 left" in run("check", "--repair").err
+    assert lan.lease(gone) == fresh
+
+
+def test_check_is_never_silent(
+    run: Run, lan: Lan, a: Host, docker: FakeDockerd, alive: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without Docker or without the wire there is a line, status 1, and nothing is freed."""
+    gone = a.run(a.create())
+    aged(lan, gone)
+    docker.runs({})
+
+    def deaf(*_: Any, **__: Any) -> scan.Report:
+        raise ProbeFailed("the cable is out")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scan, "ask", deaf)
+        told = run("check", "--repair")
+        assert told.status == 1
+        assert "not compared: the wire: the cable is out" in told.out
+        assert "0 repaired" in told.err
+    for report in (
+        scan.Report({}, {}, 1, "br0 was disturbed"),
+        scan.Report({parse_address(gone): ["66:66:66:66:66:66"]}, {"66:66:66:66:66:66": 5}, 1, ""),  # proxy ARP
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(scan, "ask", lambda *_, of=report, **__: of)
+            told = run("check", "--repair")
+        assert "whether it answers cannot be told" in told.out
+        assert "0 repaired" in told.err
+    docker.look_of = None
+    told = run("check", "--repair")
+    assert told.status == 1
+    assert "not compared: the containers of this host: dockerd at /x does not answer" in told.out
+    assert lan.of_kind("endpoint") == [gone]
+
+
+def test_check_needs_a_name(run: Run, docker: FakeDockerd, tmp_path: Path) -> None:
+    """Where no daemon ever served nobody knows which leases are this host's: that is said, with status 2."""
+    config = tmp_path / "config.yaml"
+    config.write_text(f"etcd: {{endpoints: [http://127.0.0.1:2379]}}\nstate_dir: {tmp_path / 'state'}\n")
+    told = run("check")
+    assert told.status == 2
+    assert "no daemon has served here yet" in told.err
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state/host").write_text("a\n")
+    assert "under this host's name, a" in run("check").out

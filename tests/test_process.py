@@ -225,6 +225,31 @@ def test_a_start_without_etcd(make: Make, own_etcd: EtcdCluster) -> None:
     assert daemon.processes()
 
 
+def test_at_boot_a_request_waits_for_etcd_beyond_its_deadline(make: Make, own_etcd: EtcdCluster) -> None:
+    """calico#746: Docker never repeats a start that failed at boot. A stop answers it at once."""
+    (member,) = own_etcd.members
+    member.kill()
+    waits = {"endpoints": own_etcd.endpoints, "deadline": "2s", "boot_wait": "60s", "etcd": {"timeout": "1s"}}
+    daemon = started(make(**waits))
+    with ThreadPoolExecutor(1) as threads:
+        for stopped in (True, False):
+            began = time.monotonic()
+            asked = threads.submit(daemon.request_pool, SUBNET)
+            until(lambda began=began: time.monotonic() > began + 2 * daemon.deadline, "twice its deadline")  # type: ignore[misc]
+            assert not asked.done()
+            if stopped:
+                daemon.terminate()
+                reply = asked.result()
+                assert (reply.status, "etcd" in reply.error) == (503, True)
+                assert reply.seconds < 3 * daemon.deadline
+                assert daemon.wait() == 0
+                daemon.start()
+                daemon.wait_answering()
+            else:
+                member.start()
+                assert asked.result().ok
+
+
 def test_a_hundred_requests_while_etcd_is_paused(make: Make, own_etcd: EtcdCluster) -> None:
     """P6: every one is answered within its deadline, and meanwhile the calls that need no etcd at once."""
     (member,) = own_etcd.members

@@ -7,7 +7,6 @@ and host3. A here-document follows its line.
 from __future__ import annotations
 
 import ast
-import contextlib
 import json
 import os
 import re
@@ -15,8 +14,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -24,57 +21,13 @@ import pytest
 from conftest import missing
 from ipam_plugin import errors
 from ipam_plugin.cli import cli
-from tests.booted import WHEELS, BootedHost, checkout, debian, wheels
+from tests.booted import HOSTS, PRINTER, BootedHost, Lan, address_of, booted_lan, checkout
 from tests.lab import Command, Lab, until
 from tests.lab import missing as lab_missing
-from tests.lab.machines import CGROUPS, Place, make_image
-from tests.lab.node import ROOT, Node, running
+from tests.lab.node import ROOT, Node
+from tests.readme import TEXT, TIMES, Line, lines, type_all
 
-README = ROOT / "README.md"
-TEXT = README.read_text()
-HOSTS = ("host1", "host2", "host3")
-CHECKOUT = "/root/ipam-plugin"
 SOCKET = "/run/ipam-plugin/ipam-plugin.sock"
-PRINTER = "192.168.77.140"  # of a machine that nobody has registered, as in the drawing
-TIMES: list[str] = []
-
-
-@dataclass(frozen=True)
-class Line:
-    """What is typed: at which prompt, under which heading."""
-
-    prompt: str
-    command: str
-    heading: str
-
-    @property
-    def hosts(self) -> tuple[str, ...]:
-        return HOSTS if self.prompt == "every host" else (self.prompt,)
-
-
-def lines() -> list[Line]:
-    """The commands of README's console blocks, in order. A line that is none of the known kinds is an error."""
-    found: list[Line] = []
-    heading = end = ""
-    inside = False
-    for text in TEXT.splitlines():
-        if not inside:
-            if text.startswith("#"):
-                heading = text.lstrip("# ")
-            inside = text == "```console"
-        elif end:
-            found[-1] = Line(found[-1].prompt, f"{found[-1].command}\n{text}", heading)
-            end = "" if text == end else end
-        elif text == "```":
-            inside = False
-        else:
-            match = re.fullmatch(r"(here|every host|host[123])# (\S.*)", text)
-            assert match is not None, f"README.md, under {heading}: who types this? {text}"
-            found.append(Line(match[1], match[2], heading))
-            document = re.search(r"<<(\w+)$", match[2])
-            end = document[1] if document else ""
-    assert not inside, "README.md: a console block has no end"
-    return found
 
 
 # --- what needs no machine ---------------------------------------------------------------------------------
@@ -272,57 +225,14 @@ def test_make_run(here: Path) -> None:
 # --- on the hosts ----------------------------------------------------------------------------------------------
 
 
-class Lan:
-    """Three booted Docker hosts, a router and a machine without Docker."""
-
-    def __init__(self, lab: Lab, hosts: list[BootedHost], options: list[str]) -> None:
-        self.lab = lab
-        self.hosts = {host.name: host for host in hosts}
-        self.printer = lab.machines[0]
-        self.printer.add_address(PRINTER)
-        self.before: list[str] = []
-        self.typed = False
-        self._options = options
-
-    def boot(self, host: BootedHost) -> None:
-        host.boot(*self._options)
-
-    def everywhere(self, work: Callable[[BootedHost], str]) -> dict[str, str]:
-        return dict(zip(self.hosts, at_once(work, list(self.hosts.values())), strict=True))
-
-
-def at_once(work: Callable[[BootedHost], str], hosts: list[BootedHost]) -> list[str]:
-    with ThreadPoolExecutor(len(hosts)) as pool:
-        return list(pool.map(work, hosts))
-
-
 @pytest.fixture(scope="module")
 def lan() -> Iterator[Lan]:
-    """The LAN of README before its first command: Debian with Docker, a bridge, an image, a checkout."""
+    """The LAN of README before its first command."""
     began = time.monotonic()
-    tree, found = debian(), wheels()
-    TIMES.append(f"tree and wheels: {time.monotonic() - began:.1f} s")
-    began = time.monotonic()
-    mounts = Path("/proc/mounts").read_text()
-    with contextlib.ExitStack() as rest:
-        lab = rest.enter_context(Lab(hosts=0, machines=1, etcd=0))
-        image = lab.directory / "image.tar"
-        make_image(image, "/bin/busybox")
-        hosts = []
-        for number, name in enumerate(HOSTS, 11):
-            hosts.append(BootedHost(name, lab.directory / name, tree, lab.switch, Place(number)))
-            rest.callback(hosts[-1].power_off)
-            checkout(hosts[-1].disk / CHECKOUT.lstrip("/"))
-        lan = Lan(lab, hosts, [f"--bind-ro={found}:{WHEELS}", f"--bind-ro={image}:/opt/busybox.tar"])
-        at_once(lambda host: lan.boot(host) or "", hosts)
-        lan.everywhere(lambda host: host("docker import /opt/busybox.tar busybox", 60).stdout)
+    with booted_lan() as made:
         TIMES.append(f"three hosts booted: {time.monotonic() - began:.1f} s")
-        yield lan
+        yield made
     print(*TIMES, sep="\n")
-    assert Path("/proc/mounts").read_text() == mounts
-    assert not running(lab.name)
-    assert not lab.directory.exists()
-    assert [*CGROUPS.glob(lab.name), *CGROUPS.glob(f"*/{lab.name}")] == []
 
 
 def etcd_is_a_cluster(lan: Lan, said: dict[str, str]) -> None:
@@ -420,11 +330,6 @@ def the_printer_is_reserved(lan: Lan, said: dict[str, str]) -> None:
     found = json.loads(lan.hosts["host2"]("ipam-plugin leases --kind reserved -o json").stdout)
     assert [each["address"] for each in found] == [PRINTER]
     assert lan.printer.mac in found[0]["note"]
-
-
-def address_of(host: BootedHost, container: str) -> str:
-    shown = "'{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}'"
-    return host(f"docker inspect -f {shown} {container}").stdout.strip()
 
 
 def containers_answer(lan: Lan, said: dict[str, str]) -> None:
@@ -563,22 +468,6 @@ def test_every_command_typed_on_the_hosts(lan: Lan) -> None:
     assert not checks, "these commands are not in README any more"
     TIMES.append(f"everything typed: {time.monotonic() - began:.1f} s")
     lan.typed = True
-
-
-def type_all(lan: Lan, batch: list[Line]) -> dict[str, str]:
-    """Types lines that have one prompt, on all their hosts at once; what the last one said, by host."""
-
-    def work(host: BootedHost) -> str:
-        said = ""
-        for line in batch:
-            done = host(line.command, 120, cwd=CHECKOUT)
-            said = done.stdout + done.stderr
-            if done.seconds > 2:
-                TIMES.append(f"{done.seconds:5.1f} s  {host.name}# {line.command.splitlines()[0]}")
-        return said
-
-    names = batch[0].hosts if batch else ()
-    return dict(zip(names, at_once(work, [lan.hosts[name] for name in names]), strict=True)) if names else {}
 
 
 @pytest.mark.root

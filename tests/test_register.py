@@ -455,8 +455,9 @@ def test_held_and_standby_are_their_hosts_own(lan: Lan, a: Host, b: Host) -> Non
         lan.put(f"{KEYS.leases}default/{address}", json.dumps({"kind": kind, "host": "a", "token": "old"}))
         pool = a.create()
         b.create()
-        assert f"{kind} of host a" in b.endpoint(pool, address).error
-        assert f"{kind} of host a" in b.auxiliary(pool, address).error
+        told = "a hold for a container on host a" if kind == "held" else "standby of host a"
+        assert told in b.endpoint(pool, address).error
+        assert told in b.auxiliary(pool, address).error
         assert a.run(pool, address) == address
         lease = lan.lease(address)
         assert lease is not None

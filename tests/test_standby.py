@@ -517,6 +517,24 @@ def test_a_stuck_conversion_meets_its_journal(lan: Lan, wire: FakeLan, tmp_path:
     assert sorted(lan.of_kind(ENDPOINT)) == sorted(given)
 
 
+def test_standby_that_a_container_may_have_is_not_adopted(lan: Lan, a: Host, wire: FakeLan) -> None:
+    """Section 8: what an earlier run claimed is given only after dockerd's own list shows that no container has it."""
+    pool = kept(lan, a)
+    left = stock(a)
+    a.stop()
+    lan.hosts.remove(a)
+    again = lan.host("a", A_BRIDGE, habits=PROBING, wire=wire)
+    has = left[0]
+    again.keeper.may_adopt = lambda address: str(address) != has
+    again.keep()
+    until(lambda: stock(again) == [left[1]])
+    rounds(again)
+    assert has not in {again.run(pool) for _ in range(5)}
+    assert the_lease(lan, has).kind == STANDBY
+    again.keeper.may_adopt = lambda address: True
+    until(lambda: has in stock(again))
+
+
 @pytest.mark.parametrize("crashed", [True, False])
 def test_a_restart_keeps_the_number(lan: Lan, a: Host, wire: FakeLan, crashed: bool) -> None:
     """Kept through a restart or a crash, never leaked: after it there are as many as before, all known; where nothing

@@ -403,7 +403,7 @@ class ViewOfRegister(RuleBasedStateMachine):
         assert self.view.has_free(pool) == bool(self.expected(pool))
         used = len((self.taken(pool) - standby) & usable)
         assert self.view.fill(pool) == (used / len(usable) if usable else 1.0)
-        assert {int(address) for address, _ in self.view.standby_in(pool)} == standby & usable
+        assert {int(address) for address, _ in self.view.spare_in(pool, STANDBY)} == standby & usable
         told = [int(each) for segment, each, _ in self.view.of_kind(STANDBY) if segment == pool.segment]
         assert {number for number in told if number in inside} == standby
         assert len(told) == len(set(told))
@@ -803,7 +803,7 @@ def test_leases_of_a_kind() -> None:
     assert (found[0][2].token, found[0][2].revision) == ("t5", 2)
     assert [str(each) for _, each, _ in view.of_kind(STANDBY)] == ["10.0.0.5", "10.0.0.6", "fd00::5"]
     assert view.of_kind(CONFLICT) == []
-    assert [(str(each), entry.host) for each, entry in view.standby_in(V4)] == [
+    assert [(str(each), entry.host) for each, entry in view.spare_in(V4, STANDBY)] == [
         ("10.0.0.5", "here"), ("10.0.0.6", "there"),
     ]  # fmt: skip
 

@@ -569,7 +569,7 @@ def test_uninstall_without_install(lan: Lab) -> None:
     assert standby(lan, first) == kept
     try:
         assert first.command("uninstall").splitlines() == [
-            f"standby addresses of host {first.name} given back: {STANDBY}",
+            f"standby and held addresses of host {first.name} given back: {STANDBY}",
             "nothing else to do: install put nothing here",
         ]
         assert standby(lan, first) == set()

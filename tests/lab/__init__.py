@@ -16,6 +16,7 @@ from .machines import (
     Host,
     Live,
     Machine,
+    Sighting,
 )
 from .node import Command, CommandError, CommandTimeout, LabError, Result, Service, Switch, until
 
@@ -38,6 +39,7 @@ __all__ = [
     "Machine",
     "Result",
     "Service",
+    "Sighting",
     "Switch",
     "missing",
     "until",
