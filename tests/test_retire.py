@@ -623,6 +623,21 @@ def test_whereabouts_75(lan: _Lan) -> None:
     assert theirs.host == "a"
 
 
+def test_a_container_that_ran_on_is_heard_at_once(lan: _Lan) -> None:
+    """Its host was only cut off, and its address is another's by now: the two on one address are an alarm with its
+    first frame, not after the two minutes that a stopped container has for going down."""
+    a = lan.living("a")
+    pool = a.create()
+    lan.record("b")
+    lan.lease_of("b", "192.168.1.50")
+    a.keep()
+    assert ordered(lan, "b", force=True).freed == ["192.168.1.50"]
+    a.run(pool, "192.168.1.50")
+    until(lambda: a.keeper._pools, "it listens")
+    lan.wire.talk("192.168.1.50", OWN)
+    until(lambda: any(kind == "address_used_twice" and OWN in text for kind, text in a.alarms), "the alarm")
+
+
 def test_standby_that_was_freed_meanwhile_is_not_given(lan: _Lan) -> None:
     """P1: the stock of a daemon that was cut off holds what is another's by now; no container gets it."""
     a = lan.living("a")
