@@ -259,9 +259,10 @@ class Daemon:
             self._keeper.may_adopt = self._reconciler.nobody_has
         self._view.on_went_back = lambda before, now: self._presence.alarm(
             "etcd_went_back",
-            f"etcd went back from revision {before} to {now} (a backup was restored, or its data are gone): addresses"
-            " of running containers may be given again. Stop and start the containers that use the driver, or restart"
-            " dockerd, on every host, before new ones are started",
+            f"etcd went back from revision {before} to {now} (a backup was restored, or its data are gone): until each"
+            " host has looked at its dockerd, addresses of running containers may be given again. Start no new"
+            " containers until ipam-plugin check finds nothing on every host; where docker.reconcile is off, restart"
+            " dockerd there",
         )
         if self._embedded is not None:
             self._embedded.start()
