@@ -207,12 +207,14 @@ class Ledger:
         unchanged: Mapping[str, int],
         deadline: float,
         also: Sequence[Put] = (),
+        retired: bool = False,
     ) -> Commit:
         """Delete the lease at the revision that was read, and remember its holder, in one transaction.
 
-        `place` is its segment and address, `past` its history as it was read; `also` is written with it.
+        `place` is its segment and address, `past` its history as it was read; `also` is written with it. `retired`:
+        its host is gone.
         """
-        return self._end(place, current, lease, [Delete(current.key), *also], past, why, unchanged, deadline)
+        return self._end(place, current, lease, [Delete(current.key), *also], past, why, unchanged, deadline, retired)
 
     def _hold(
         self,
@@ -244,8 +246,9 @@ class Ledger:
         why: str,
         unchanged: Mapping[str, int],
         deadline: float,
+        retired: bool = False,
     ) -> Commit:
-        history = remember(_history(past), lease, why, datetime.datetime.now(datetime.UTC))
+        history = remember(_history(past), lease, why, datetime.datetime.now(datetime.UTC), retired)
         past_key = self._keys.past(*place)
         return self.write(
             "free",

@@ -450,6 +450,7 @@ class Tenancy(msgspec.Struct, frozen=True, omit_defaults=True):
     since: str = ""
     until: str = ""
     why: str = ""
+    retired: bool = False  # its host was retired: whoever still uses it is no container that has just stopped
 
 
 class History(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -461,7 +462,7 @@ class History(msgspec.Struct, frozen=True, omit_defaults=True):
 HISTORY_LENGTH = 5  # holders remembered for one address
 
 
-def remember(history: History, lease: Lease, why: str, now: datetime.datetime) -> History:
+def remember(history: History, lease: Lease, why: str, now: datetime.datetime, retired: bool = False) -> History:
     """The history with one more holder in it, the oldest forgotten."""
     ended = Tenancy(
         kind=lease.kind,
@@ -471,6 +472,7 @@ def remember(history: History, lease: Lease, why: str, now: datetime.datetime) -
         since=lease.since,
         until=rfc3339(now),
         why=why,
+        retired=retired,
     )
     return History(past=(ended, *history.past)[:HISTORY_LENGTH])
 

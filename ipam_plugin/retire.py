@@ -459,7 +459,7 @@ class Retirer:
                 why = f"host {host} retired by {standing.order.by}{' (forced)' if standing.order.force else ''}"
                 try:
                     commit = self._ledger.free(
-                        place, found, lease, read[past_key], why, unchanged, deadline, also=[put]
+                        place, found, lease, read[past_key], why, unchanged, deadline, also=[put], retired=True
                     )
                 except OutcomeUnknown:
                     continue

@@ -462,7 +462,8 @@ class View:
             # Freed by a host whose clock is ahead, it still rests no longer than the cooldown.
             now = self._now()
             if used.mac and used.kind == ENDPOINT:
-                self._ended_macs[used.mac] = min(freed, now)
+                # It has a while for going down. A retired host's has not: where it speaks, its host was only cut off.
+                self._ended_macs[used.mac] = min(freed, now) - (ENDED_LATELY if used.retired else 0.0)
                 self._ended_macs.move_to_end(used.mac)
                 while len(self._ended_macs) > ENDED_MACS:
                     self._ended_macs.popitem(last=False)

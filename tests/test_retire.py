@@ -172,12 +172,12 @@ def test_a_daemon_that_is_restarted_is_not_absent(lan: _Lan, monkeypatch: pytest
     monkeypatch.setattr(retire, "SETTLING", 3600.0)
     a = lan.living("a")
     lan.record("b")
+    before = lan.value(KEYS.host("b"))
     a.catch_up()
     a.retirer.look()
     monkeypatch.setattr(retire, "SETTLING", 0.0)
     lan.beat("b")
     a.catch_up()
-    before = lan.value(KEYS.host("b"))
     for _ in range(3):
         a.retirer.look()
     assert lan.value(KEYS.host("b")) == before
@@ -621,6 +621,21 @@ def test_whereabouts_75(lan: _Lan) -> None:
     assert lan.lease(address) == theirs
     assert theirs is not None
     assert theirs.host == "a"
+
+
+def test_a_container_that_ran_on_is_heard_at_once(lan: _Lan) -> None:
+    """Its host was only cut off, and its address is another's by now: the two on one address are an alarm with its
+    first frame, not after the two minutes that a stopped container has for going down."""
+    a = lan.living("a")
+    pool = a.create()
+    lan.record("b")
+    lan.lease_of("b", "192.168.1.50")
+    a.keep()
+    assert ordered(lan, "b", force=True).freed == ["192.168.1.50"]
+    a.run(pool, "192.168.1.50")
+    until(lambda: a.keeper._pools, "it listens")
+    lan.wire.talk("192.168.1.50", OWN)
+    until(lambda: any(kind == "address_used_twice" and OWN in text for kind, text in a.alarms), "the alarm")
 
 
 def test_standby_that_was_freed_meanwhile_is_not_given(lan: _Lan) -> None:
