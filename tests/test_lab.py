@@ -416,7 +416,8 @@ def test_etcd_survives_what_is_done_to_a_member() -> None:
         assert lab.leader() is not leader
         leader.start()
         lab.hosts[0].kill("all")
-        lab.etcdctl("put", "key", "2")
+        # While the two that are left elect, a write may time out in etcd itself.
+        until(lambda: lab.etcdctl("put", "key", "2") == "OK", 40, "two members take a write")
         lab.hosts[0].start()
         lab.etcd[0].wait()
         paused = lab.leader()
