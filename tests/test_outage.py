@@ -70,6 +70,19 @@ def test_starts_and_stops_without_etcd(lan: Lan, a: Host) -> None:
     assert not a.outage.lasts
 
 
+def test_no_standby_is_left_while_etcd_may_yet_write(lan: Lan, a: Host) -> None:
+    """P7: the refusal says the same where etcd halts in the middle, and what was asked may have been written."""
+    pool = kept(a)
+    lan.etcd.set_down(True)
+    a.run(pool), a.run(pool)
+    lan.etcd.set_down(False)
+    lan.etcd.faults.extend([Fault.LOST] * 1000)
+    said = a.endpoint(pool).error
+    lan.etcd.faults.clear()
+    assert "it may be written yet" in said
+    assert "of the addresses that host a had in standby for such a time none is left" in said
+
+
 def test_the_next_run_carries_it_out(lan: Lan, a: Host, tmp_path: Path) -> None:
     """P5: the daemon dies in between; its successor's keeper takes nothing of it for standby."""
     pool = kept(a)
