@@ -111,3 +111,24 @@ def test_the_engine_answers_while_it_waits_for_an_address(lan: Lab) -> None:
     assert time.monotonic() - began < DEADLINE / 2
     assert host.api("GET", "/networks")
     host.docker("rm", "-f", "busy")
+
+
+def test_amazon_711_another_engine_without_containers_frees_nothing(lan: Lab) -> None:
+    """After a power cut the host's engine comes up with another ID and knows no container: however often it says so,
+    what was given before stays, and the operator decides."""
+    host = lan.hosts[0]
+    mine = {start(host, name) for name in ("one", "two")}
+    until(lambda: all(name_in(lan, address) for address in mine), 10, "the leases say who has them")
+    before = {address: leases(lan)[address]["token"] for address in mine}
+    engine = host.docker("info", "-f", "{{.ID}}")
+    host.kill()
+    host.boot()
+    host.sh("rm -rf /var/lib/docker/* /etc/docker/key.json")
+    host.start_daemon()
+    host.start_dockerd()
+    assert host.docker("info", "-f", "{{.ID}}") != engine
+    assert host.docker("ps", "-aq") == ""
+    looks = 'ipam_plugin_docker_looks_total{result="complete"}'
+    seen = host.metric(looks)
+    until(lambda: host.metric(looks) >= seen + 3, 120, "three more looks, 30 s apart", pause=0.5)
+    assert {address: each["token"] for address, each in leases(lan).items() if address in mine} == before
