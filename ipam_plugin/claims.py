@@ -75,6 +75,7 @@ class Stock:
         self._in_hand: dict[str, str] = {}  # token -> PoolID
         self._looking: dict[str, Slot] = {}  # those in hand that are looked at ahead of need: a request may take one
         self._closing: set[str] = set()  # PoolIDs that are being released
+        self._ending: set[str] = set()  # tokens of holds whose end was sent to etcd
         self._journalled: set[str] = set()  # tokens of what was given, or released, and is not so in etcd yet
 
     def hold(self, token: str, pool: Pool) -> None:
@@ -105,10 +106,29 @@ class Stock:
         with self._lock:
             return token in self._ready or token in self._in_hand or token in self._journalled
 
-    def journalled(self, tokens: Collection[str]) -> None:
-        """Standby in etcd, and a container's: nobody touches it until the journal is carried out."""
+    def journalled(self, tokens: Collection[str]) -> bool:
+        """Standby or held in etcd, and a container's: nobody touches it until the journal is carried out.
+
+        False where the end of such a hold is on its way to etcd, so that the address may be anybody's.
+        """
         with self._lock:
+            if not self._ending.isdisjoint(tokens):
+                return False
             self._journalled.update(tokens)
+            return True
+
+    def end_hold(self, token: str) -> bool:
+        """Before etcd is told that a hold ends. False where its address was given from the journal."""
+        with self._lock:
+            if token in self._journalled:
+                return False
+            self._ending.add(token)
+            return True
+
+    def hold_stands(self, token: str) -> None:
+        """It is certain that etcd does not end it any more, or has done so."""
+        with self._lock:
+            self._ending.discard(token)
 
     def settled(self, tokens: Collection[str]) -> None:
         with self._lock:
@@ -254,7 +274,6 @@ class Claims:
         self._wanted_revisions: dict[str, int] = {}  # `wanted` key -> as this host wrote it last
         self.conflicts = 0  # written
         self.unproven = 0  # handed out although the look proved nothing
-        self.is_ending: Callable[[str], bool] = lambda token: False  # whether the end of a hold was sent to etcd
         self.on_shortage: Callable[[], None] = lambda: None  # a request waits for standby
 
     @property
@@ -284,12 +303,16 @@ class Claims:
     def returning(self, pool: Pool, mac: str, container: Container | None, deadline: float) -> Slot | None:
         """The address that this host keeps for whoever asks, looked at now; None where there is none, or where
         something of ours answers there."""
-        fitting = [
+        fitting = [each for each in self._kept_in(pool) if decisions.is_held_for(each.lease, pool, mac, container)]
+        return self._first_silent(pool, reversed(fitting), deadline)
+
+    def _kept_in(self, pool: Pool) -> list[Held]:
+        """What this host keeps in the pool's segment, without what was given from the journal."""
+        return [
             each
             for each in self._view.held()
-            if each.segment == pool.segment and decisions.is_held_for(each.lease, pool, mac, container)
+            if each.segment == pool.segment and not self._outage.is_waiting(each.segment, each.address)
         ]
-        return self._first_silent(pool, reversed(fitting), deadline)
 
     def _first_silent(self, pool: Pool, held: Iterable[Held], deadline: float) -> Slot | None:
         for each in held:
@@ -361,6 +384,8 @@ class Claims:
         while True:
             settings = self._ledger.settings(pool.segment)
             excluded = any(each.contains(slot.address) for each in pool.exclude)
+            if slot.held is not None and self._outage.is_waiting(pool.segment, slot.address):
+                return False  # another container got it from the journal
             if excluded or self._view.forbids(pool.segment, slot.address):
                 self.give_back(slot, deadline)
                 return False
@@ -394,10 +419,9 @@ class Claims:
         """It is this host's in etcd, and nobody else takes it from there. Raises JournalFailed, or EtcdUnavailable
         where etcd may yet carry out the end of a hold.
         """
-        if slot.held is not None and self.is_ending(slot.token):
-            raise EtcdUnavailable(f"{slot.address} of pool {pool} may be free by now, and etcd does not say; try again")
         tokens = (slot.token, lease.token)
-        self._stock.journalled(tokens)
+        if not self._stock.journalled(tokens):
+            raise EtcdUnavailable(f"{slot.address} of pool {pool} may be free by now, and etcd does not say; try again")
         try:
             self._outage.give(pool, slot.address, slot.token, lease)
         except BaseException:
@@ -586,11 +610,7 @@ class Claims:
         spare = self._stock.take_any(pool) or self._stock.take_looking(functools.partial(_fits, pool))
         if spare is not None:
             return self.look_again(spare, deadline)
-        held = [
-            each
-            for each in self._view.held()
-            if each.segment == pool.segment and self._view.may_have(pool, each.address)
-        ]
+        held = [each for each in self._kept_in(pool) if self._view.may_have(pool, each.address)]
         if not held:
             self._wait_for_room(pool, full, deadline)
             return None

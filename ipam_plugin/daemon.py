@@ -160,7 +160,7 @@ class Daemon:
             self._neighbourhood,
             alarm=self._presence.alarm,
         )
-        self._holds = Holds(self._ledger, self._view, name, self._outage.is_waiting)
+        self._holds = Holds(self._ledger, self._view, self._stock, name, self._outage.is_waiting)
         self._register = Register(
             self._ledger,
             self._claims,
@@ -250,7 +250,6 @@ class Daemon:
         self._neighbourhood.on_heard = self._keeper.heard
         self._neighbourhood.on_opened = self._presence.changed
         self._claims.on_shortage = self._keeper.wake
-        self._claims.is_ending = self._holds.is_ending
         self._view.on_wanted = self._wanted
         self._view.on_orders = self._retirer.wake
         self._view.on_pools = self._pools_changed

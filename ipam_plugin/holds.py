@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from ipam_plugin import decisions
 from ipam_plugin.addresses import Address
+from ipam_plugin.claims import Stock
 from ipam_plugin.errors import IpamError, OutcomeUnknown, Refused
 from ipam_plugin.evidence import Look, Unclaimed, unclaimed
 from ipam_plugin.ledger import Ledger
@@ -38,16 +39,17 @@ class Holds:
         self,
         ledger: Ledger,
         view: View,
+        stock: Stock,
         host: str,
         is_waiting: Callable[[str, Address], bool],
         now: Callable[[], float] = time.time,
     ) -> None:
         self._ledger = ledger
         self._view = view
+        self._stock = stock
         self._host = host
         self._is_waiting = is_waiting
         self._now = now
-        self._ending: set[str] = set()  # tokens of holds whose end was sent, and may be carried out at any moment
         self._wake = threading.Event()
         self._lock = threading.Lock()  # for the next
         self._unclaimed: dict[tuple[str, Address, str], Unclaimed] = {}  # segment, address and token of the hold
@@ -107,21 +109,18 @@ class Holds:
         for each in over:
             self._end(each, "container removed")
 
-    def is_ending(self, token: str) -> bool:
-        """Whether etcd may free this hold at any moment: then it is no address to be given while etcd is away."""
-        return token in self._ending
-
     def _end(self, held: Held, why: str) -> None:
-        if self._is_waiting(held.segment, held.address):
+        token = held.lease.token
+        if self._is_waiting(held.segment, held.address) or not self._stock.end_hold(token):
             return
         claim = self._ledger.claim(Pool(held.segment, ipaddress.ip_network(held.address)), held.address)
-        decide = functools.partial(decisions.end_hold, token=held.lease.token)
+        decide = functools.partial(decisions.end_hold, token=token)
         try:
             self._ledger.change(claim, decide, time.monotonic() + PATIENCE, why=why)
-            self._ending.discard(held.lease.token)
+            self._stock.hold_stands(token)
             log.info("%s of segment %s, %s, is free: %s", held.address, held.segment, held.lease.told(), why)
         except OutcomeUnknown as error:
-            self._ending.add(held.lease.token)
+            # From now on it is not given from the journal: etcd may end it at any moment.
             log.info("%s of segment %s may be held no more: %s", held.address, held.segment, error)
         except IpamError as error:
             log.info("%s of segment %s is still held: %s", held.address, held.segment, error)

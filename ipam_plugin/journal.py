@@ -250,10 +250,10 @@ class Journal:
         """Nothing waits any more, so what was damaged does not matter either."""
         try:
             os.ftruncate(self._open(), 0)
+            self._length = 0  # also where it cannot be synced: the next line begins here
             os.fsync(self._file)
         except OSError as error:
             self._failed(error)
-        self._length = 0
         self._trusted = True
         self.trouble = ""
 

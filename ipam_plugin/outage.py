@@ -82,8 +82,15 @@ class Outage:
         return self._journal.of(segment, address) is not None
 
     def give(self, pool: Pool, address: Address, before: str, lease: Lease) -> None:
-        """The lease with the token `before`, which is this host's, becomes `lease`. Raises JournalFailed."""
-        self._keep(Entry("given", pool.id, before, pool.segment, str(address), lease))
+        """The lease with the token `before`, which is this host's, becomes `lease`.
+
+        Raises JournalFailed, and AddressTaken where it has become another container's in the same moment.
+        """
+        with self._settled:
+            work = self._journal.of(pool.segment, address)
+            if work is not None and work.what == "given" and work.lease is not None:
+                raise AddressTaken(f"{address} of pool {pool} is taken: {work.lease.told()}")
+            self._keep(Entry("given", pool.id, before, pool.segment, str(address), lease))
         self.given += 1
         log.warning("%s of pool %s is given from the journal: etcd is away", address, pool)
 

@@ -307,6 +307,7 @@ class Register:
         if asked is not None:
             self._refuse_foreign_gateway(pool, asked, any(each.address == asked for each in carried), deadline)
         if asked is not None:
+            self._refuse_journalled(pool, asked)
             self._claims.ask_for(pool, asked, deadline)
         carrier = decisions.bridge_address(carried, pool, asked, self._host, self._view.interface(pool.segment))
         address = carrier.address if carrier else asked
@@ -358,7 +359,14 @@ class Register:
         found = self._ledger.read(self._keys.lease(pool.segment, asked), deadline)
         decisions.grant_bridge(read_lease(found.value) if found else None, self._ledger.claim(pool, asked), None)
 
+    def _refuse_journalled(self, pool: Pool, address: Address) -> None:
+        """A container has it already, and etcd does not know that yet."""
+        work = self._outage.of(pool.segment, address)
+        if work is not None and work.what == "given" and work.lease is not None:
+            raise AddressTaken(f"{address} of pool {pool} is taken: {work.lease.told()}")
+
     def _share(self, pool: Pool, address: Address, deadline: float) -> None:
+        self._refuse_journalled(pool, address)
         self._claims.ask_for(pool, address, deadline)
 
         def decide(lease: Lease | None, claim: Claim) -> Decision:
@@ -406,6 +414,15 @@ class Register:
             claim = self._ledger.claim(pool, address)
             return _lease(decisions.grant_endpoint(None, claim, mac, container, fixed=True, known=known))
 
+        waiting = self._outage.of(pool.segment, address)
+        if waiting is not None and waiting.what == "released":
+            # This host may have been cut off and retired meanwhile.
+            answers = self._claims.answering(pool, address, deadline)
+            if answers.verdict in (Verdict.STRANGER, Verdict.OURS):
+                raise AddressTaken(
+                    f"{address} of pool {pool} is in use on the wire: MAC {answers.mac} answers there; take another"
+                    " address, or find that machine"
+                )
         if self._outage.take_back(pool, address, given_again, deadline) is not None:
             self._on_given(pool, address, mac)
             return address

@@ -302,10 +302,11 @@ class Host:
             self.neighbourhood,
             alarm=lambda kind, text: self.alarms.append((kind, text)),
         )
-        self.holds = Holds(self.ledger, self.view, name, self.outage.is_waiting, now=lambda: time.time() + self.ahead)
+        self.holds = Holds(
+            self.ledger, self.view, self.stock, name, self.outage.is_waiting, now=lambda: time.time() + self.ahead
+        )
         self.neighbourhood.on_heard = self.keeper.heard
         self.claims.on_shortage = self.keeper.wake
-        self.claims.is_ending = self.holds.is_ending
         self.view.on_wanted = self._wanted
         self.view.on_pools = self.keeper.wake
         self.register = Register(

@@ -38,7 +38,7 @@ ALLOWED = {
     "journal": {"addresses", "errors", "model"},
     "outage": {"addresses", "errors", "journal", "model"},
     "claims": {"addresses", "decisions", "errors", "etcd", "ledger", "model", "neighbourhood", "outage", "view"},
-    "holds": {"addresses", "decisions", "errors", "evidence", "ledger", "model", "view"},
+    "holds": {"addresses", "claims", "decisions", "errors", "evidence", "ledger", "model", "view"},
     "standby": {"addresses", "claims", "errors", "ledger", "model", "neighbourhood", "view", "wire"},
     "register": {
         "addresses", "claims", "decisions", "errors", "etcd", "journal", "ledger", "model", "neighbourhood", "outage",
