@@ -118,6 +118,31 @@ def test_ip_takes_its_address_back_from_the_journal(lan: Lan, a: Host) -> None:
     assert lan.lease("192.168.1.99") is None
 
 
+def test_an_address_that_somebody_uses_by_now_is_not_taken_back(lan: Lan, tmp_path: Path) -> None:
+    """P1: a host that was cut off may have been retired, and its stopped container's address be another's."""
+    wire = FakeLan()
+    a = lan.host("a", bridge("192.168.1.11/24"), habits=PROBING, journal=tmp_path / "j", time_limit=3.0, wire=wire)
+    pool = kept(a)
+    a.run(pool, "192.168.1.99")
+    lan.etcd.set_down(True)
+    assert a.release(pool, "192.168.1.99").status == 200
+    wire.machines["192.168.1.99"] = "00:11:22:33:44:55"
+    assert "MAC 00:11:22:33:44:55 answers there" in a.endpoint(pool, "192.168.1.99").error
+    del wire.machines["192.168.1.99"]
+    assert a.run(pool, "192.168.1.99") == "192.168.1.99"
+
+
+def test_an_address_from_the_journal_is_no_gateway(lan: Lan, a: Host) -> None:
+    """P1: nor an auxiliary address, though etcd still says that it is this host's to give."""
+    pool = kept(a)
+    lan.etcd.set_down(True)
+    address = a.run(pool)
+    lan.etcd.set_down(False)
+    assert f"{address} of pool {pool} is taken" in a.auxiliary(pool, address).error
+    a.settle()
+    assert set(endpoints(lan)) == {address}
+
+
 @pytest.mark.parametrize("comes_through", [True, False])
 def test_a_release_on_its_way_is_not_taken_back(lan: Lan, a: Host, comes_through: bool) -> None:
     """P1: etcd may carry it out at any moment, and then it is anybody's: until that is settled `--ip` is refused."""
