@@ -81,15 +81,19 @@ class Outage:
         """Whether etcd has something to learn yet of an address, so that what stands there does not count."""
         return self._journal.of(segment, address) is not None
 
+    def refuse_given(self, pool: Pool, address: Address) -> None:
+        """Raises AddressTaken where a container has the address, and etcd does not know that yet."""
+        work = self._journal.of(pool.segment, address)
+        if work is not None and work.what == "given" and work.lease is not None:
+            raise AddressTaken(f"{address} of pool {pool} is taken: {work.lease.told()}")
+
     def give(self, pool: Pool, address: Address, before: str, lease: Lease) -> None:
         """The lease with the token `before`, which is this host's, becomes `lease`.
 
         Raises JournalFailed, and AddressTaken where it has become another container's in the same moment.
         """
         with self._settled:
-            work = self._journal.of(pool.segment, address)
-            if work is not None and work.what == "given" and work.lease is not None:
-                raise AddressTaken(f"{address} of pool {pool} is taken: {work.lease.told()}")
+            self.refuse_given(pool, address)
             self._keep(Entry("given", pool.id, before, pool.segment, str(address), lease))
         self.given += 1
         log.warning("%s of pool %s is given from the journal: etcd is away", address, pool)
@@ -111,8 +115,7 @@ class Outage:
         """
         with self._settled:
             while (work := self._journal.of(pool.segment, address)) is not None:
-                if work.what == "given" and work.lease is not None:
-                    raise AddressTaken(f"{address} of pool {pool} is taken: {work.lease.told()}")
+                self.refuse_given(pool, address)
                 if not work.uncertain and not set(work.numbers) & set(self._settling):
                     taken = lease()
                     self.give(pool, address, work.last, taken)

@@ -307,7 +307,7 @@ class Register:
         if asked is not None:
             self._refuse_foreign_gateway(pool, asked, any(each.address == asked for each in carried), deadline)
         if asked is not None:
-            self._refuse_journalled(pool, asked)
+            self._outage.refuse_given(pool, asked)
             self._claims.ask_for(pool, asked, deadline)
         carrier = decisions.bridge_address(carried, pool, asked, self._host, self._view.interface(pool.segment))
         address = carrier.address if carrier else asked
@@ -359,14 +359,8 @@ class Register:
         found = self._ledger.read(self._keys.lease(pool.segment, asked), deadline)
         decisions.grant_bridge(read_lease(found.value) if found else None, self._ledger.claim(pool, asked), None)
 
-    def _refuse_journalled(self, pool: Pool, address: Address) -> None:
-        """A container has it already, and etcd does not know that yet."""
-        work = self._outage.of(pool.segment, address)
-        if work is not None and work.what == "given" and work.lease is not None:
-            raise AddressTaken(f"{address} of pool {pool} is taken: {work.lease.told()}")
-
     def _share(self, pool: Pool, address: Address, deadline: float) -> None:
-        self._refuse_journalled(pool, address)
+        self._outage.refuse_given(pool, address)
         self._claims.ask_for(pool, address, deadline)
 
         def decide(lease: Lease | None, claim: Claim) -> Decision:

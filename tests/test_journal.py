@@ -205,6 +205,26 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert [each[1] for each in waiting(path)] == [f"192.168.1.{number}" for number in range(int(acknowledged))]
 
 
+def test_a_new_beginning_that_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is appended after it stands at the beginning of the file, and is read again."""
+    made = Journal(tmp_path / "j")
+    first = made.append(released("1"))
+
+    def broken(file: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", broken)
+        made.done([first])
+    assert "cannot be written" in made.trouble
+    made.append(released("2", "192.168.1.8"))
+    made.close()
+    found = Journal(tmp_path / "j")
+    assert not found.trouble
+    assert [str(each.address) for each in found.work()] == ["192.168.1.8"]
+    found.close()
+
+
 def test_too_many(tmp_path: Path) -> None:
     made = Journal(tmp_path / "j", most=2)
     made.append(released("1"))
