@@ -150,6 +150,8 @@ class Recorder:
                 with self._lock:
                     self._failed.append(f"{host.name} could not be looked at: {error!r}")
                 return
-            running = tuple(Running(each.container[:12], each.run, each.address, each.mac) for each in found)
+            running = tuple(
+                Running(each.container[:12], each.run, each.address, each.mac) for each in found if each.started
+            )
             with self._lock:
                 self._samples.append(Sample(host.name, began, time.time(), running))

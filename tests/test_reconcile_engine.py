@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 
@@ -11,7 +15,7 @@ from conftest import missing
 from daemons import endpoint
 from test_engine import DEADLINE, address_of, failed, leases, start
 from tests import lab as labs
-from tests.lab import SUBNET4, Host, Lab, until
+from tests.lab import SUBNET4, Host, Lab, LabError, until
 
 pytestmark = [pytest.mark.root, pytest.mark.engine, pytest.mark.etcd]
 
@@ -99,6 +103,48 @@ def test_what_vanished_is_freed_and_what_runs_is_not(lan: Lab) -> None:
     for container in ("kept", "db", "named"):
         assert there[address_of(host, container)]["container"]["name"] == container
     lan.machines[0].remove_address("192.168.77.62")
+
+
+def test_what_an_engine_left_half_started_is_given_to_nobody(lan: Lab) -> None:
+    """The engine is killed after it had made a container's interfaces and before it let it run. The next one knows
+    nothing of it, and releases its address: but the kernel goes on to answer for it (seen with 20.10)."""
+    host = lan.hosts[0]
+    address = "192.168.77.80"
+
+    def waits() -> list[labs.Sighting]:
+        return [each for each in host.sighted() if each.address == address and not each.started]
+
+    def caught() -> bool:
+        """It lasts for a tenth of a second; a container that came through is tried again."""
+        container = threading.Thread(target=attempt, daemon=True)
+        container.start()
+        while container.is_alive():
+            if waits():
+                host.kill("dockerd")
+                container.join(60)
+                found = bool(waits())
+                host.start_dockerd()
+                host.docker("rm", "-f", "half")
+                return found
+            time.sleep(0.002)
+        return False
+
+    def attempt() -> None:
+        with contextlib.suppress(LabError):  # the engine dies under it
+            host.docker("run", "-d", "--network", "lan", "--ip", address, "--name", "half", "busybox")
+            host.docker("rm", "-f", "half")
+
+    until(caught, 120, "an engine was killed between a container's interfaces and its start")
+    [left] = waits()
+    until(lambda: address not in leases(lan), 30, "the engine has released it")
+    told = failed(host, "run", "--network", "lan", "--ip", address, "busybox")
+    assert f"{address} " in told
+    assert left.mac in told
+    assert waits() == [left]
+    os.kill(left.pid, signal.SIGKILL)
+    until(lambda: not waits(), 10, "it is gone")
+    assert start(host, "whole", "--ip", address) == address
+    host.docker("rm", "-f", "whole")
 
 
 def test_the_engine_answers_while_it_waits_for_an_address(lan: Lab) -> None:

@@ -244,12 +244,21 @@ class Live:
 
 @dataclass(frozen=True)
 class Sighting:
-    """A container with an address, as the kernel says: `container` is its id, `run` is new with every start."""
+    """A container with an address, as the kernel says: `container` is its id, `run` is new with every start.
+
+    `started`: it runs what its image says. Before that there is only runc, which waits for the engine's word; when the
+    engine is killed just then it forgets the container, releases its address and leaves runc there (seen with 20.10).
+    """
 
     container: str
     run: str
     address: str
     mac: str  # '' where it has more than one interface, or is only just being made
+    started: bool
+
+    @property
+    def pid(self) -> int:
+        return int(self.run.partition("@")[0])
 
 
 class Host(Node):
@@ -530,8 +539,8 @@ class Host(Node):
         return found
 
     def sighted(self) -> list[Sighting]:
-        """Every IPv4 address in the network namespace of a running container, found without dockerd, which may be dead
-        or late; none on a host that is off. Cheap enough for several times a second."""
+        """Every IPv4 address in the network namespace of a container, found without dockerd, which may be dead or
+        late; none on a host that is off. Cheap enough for several times a second."""
         found: list[Sighting] = []
         relative = self._cgroup.lstrip("/")
         tops = [top for top in (CGROUPS / relative, *sorted(CGROUPS.glob(f"*/{relative}"))) if top.is_dir()]
@@ -547,8 +556,11 @@ class Host(Node):
                 ages = [(start_time(pid), pid) for pid in pids if _netns(pid) != own]
                 age, pid = min((age, pid) for age, pid in ages if age is not None) if ages else (None, 0)
                 if age is not None:
-                    mac = _mac(pid)
-                    found += [Sighting(group.name, f"{pid}@{age}", address, mac) for address in _addresses4(pid)]
+                    started = not Path(f"/proc/{pid}/comm").read_text().startswith("runc:[")
+                    found += [
+                        Sighting(group.name, f"{pid}@{age}", address, _mac(pid), started)
+                        for address in _addresses4(pid)
+                    ]
         return found
 
     # The daemon
