@@ -45,6 +45,7 @@ from ipam_plugin.neighbourhood import Habits, Neighbourhood
 from ipam_plugin.outage import Outage
 from ipam_plugin.reconcile import Reconciler
 from ipam_plugin.register import Register
+from ipam_plugin.restoration import Restoration
 from ipam_plugin.retire import Retirer
 from ipam_plugin.standby import Keeper
 from ipam_plugin.vendors import vendor_of
@@ -133,11 +134,23 @@ class Daemon:
             carried=carried,
             listens_with=lambda: self._neighbourhood.macs(),
             on_silent=lambda error: self._outage.noticed(error),
+            restored=lambda: self._restoration.answered,
             time_limit=5.0,
             request_limit=config.deadline - ANSWER_MARGIN,
             boot_wait=max(0.0, config.boot_wait - ANSWER_MARGIN),
         )
         self._ledger = Ledger(self._etcd, self._view, keys, name)
+        self._restoration = Restoration(
+            self._etcd,
+            self._ledger,
+            self._view,
+            keys,
+            name,
+            state,
+            nothing_runs=self._presence.is_first_of_boot,
+            alarm=self._presence.alarm,
+            changed=self._presence.changed,
+        )
         self._outage = Outage(
             Journal(state.path / "journal"),
             lambda deadline: self._ledger.read(keys.host(name), deadline),
@@ -172,6 +185,7 @@ class Daemon:
             segments=self._segments,
             carried=carried,
             alarm=self._presence.alarm,
+            may_give=self._restoration.wait,
             on_given=self._given,
             is_gone=lambda pool, address, lease, deadline: (
                 self._reconciler is not None and self._reconciler.is_gone(pool, address, lease, deadline)
@@ -255,18 +269,20 @@ class Daemon:
         self._view.on_pools = self._pools_changed
         if self._reconciler is not None:
             self._reconciler.on_look.append(self._holds.looked)
+            self._reconciler.on_compared = self._restoration.compared
             self._keeper.may_adopt = self._reconciler.nobody_has
-        self._view.on_went_back = lambda before, now: self._presence.alarm(
-            "etcd_went_back",
-            f"etcd went back from revision {before} to {now} (a backup was restored, or its data are gone): until each"
-            " host has looked at its dockerd, addresses of running containers may be given again. Start no new"
-            " containers until ipam-plugin check finds nothing on every host; where docker.reconcile is off, restart"
-            " dockerd there",
-        )
+        seen = self._restoration.seen()
+        if seen is not None:
+            self._etcd.expect(seen.position)
+        self._etcd.on_went_back = self._restoration.went_back
+        self._view.on_restored = self._restoration.learned
+        self._ledger.may_give = self._restoration.check
+        self._claims.is_waiting = lambda: self._restoration.is_waiting
         if self._embedded is not None:
             self._embedded.start()
         self._run("watch", self._watch)
         self._run("presence", lambda: self._presence.run(self._register, self._stop))
+        self._run("restoration", lambda: self._restoration.run(self._stop))
         self._run("orphans", lambda: self._ledger.free_orphans(self._stop))
         self._run("journal", self._carry_out_journal)
         self._run("keeper", lambda: self._once_serving(lambda: self._keeper.run(self._stop)))
@@ -294,6 +310,7 @@ class Daemon:
             self._reconciler.close()
         self._outage.wake()
         self._holds.wake()
+        self._restoration.close()
         self._ledger.stop_freeing_orphans()
         if self._watcher is not None:
             self._watcher.stop()
@@ -362,8 +379,8 @@ class Daemon:
         self._once_serving(lambda: self._outage.run(self._register.settle, self._stop, done))
 
     def _watch(self) -> None:
-        def reset(values: list[KeyValue], revision: int) -> None:
-            self._view.reset(((each.key, each.value, each.revision) for each in values), revision)
+        def reset(values: list[KeyValue], revision: int, epoch: int) -> None:
+            self._view.reset(((each.key, each.value, each.revision) for each in values), revision, epoch)
             if self._reconciler is not None:
                 self._reconciler.wake()  # etcd may be back from a backup
 

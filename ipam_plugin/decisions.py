@@ -337,7 +337,7 @@ def name_container(lease: Lease | None, claim: Claim, token: str, container: Con
     """For operators: who has the address, as Docker calls it now. The grant stays the same one."""
     if lease is None or (lease.kind, lease.host, lease.token) != (ENDPOINT, claim.host, token):
         return KEEP
-    named = msgspec.structs.replace(lease, container=container, mac=lease.mac or mac)
+    named = msgspec.structs.replace(lease, container=container, mac=mac or lease.mac)
     return KEEP if named == lease else named
 
 

@@ -33,6 +33,10 @@ class NotServing(IpamError):
     """This daemon may not or cannot serve now (identity not settled, overloaded); nothing was changed."""
 
 
+class EtcdRestored(NotServing):
+    """etcd is back from a backup and does not know yet what is in use, so no address is given for a minute at most."""
+
+
 class EtcdUnavailable(IpamError):
     """etcd did not answer in time and nothing was written."""
 

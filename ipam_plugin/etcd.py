@@ -139,11 +139,15 @@ class _Reply(NamedTuple):
     endpoint: str
 
 
-class _Position(NamedTuple):
-    """Where a watch is: everything up to this revision of this cluster has been handed on."""
+class Position(NamedTuple):
+    """A moment in the life of a cluster."""
 
     cluster_id: int
     revision: int
+
+    def is_behind(self, other: "Position") -> bool:
+        """Whether this cannot have come after the other one in one cluster's life."""
+        return self.cluster_id != other.cluster_id or self.revision < other.revision
 
 
 class Fate(enum.Enum):
@@ -163,6 +167,8 @@ _NOT_CONNECTED = (
     "DNS resolution failed",
 )
 _LOGIN = ("invalid auth token", "revision of auth store is old", "user name is empty")
+# Their answers name a revision that is as new as any answer before. Those of the others name what one member has got.
+_LINEARIZABLE = frozenset({"txn", "range"})
 # etcd's words for what it turned away before it became a proposal.
 _NOT_PROPOSED = ("etcdserver: no leader", "etcdserver: not capable", "etcdserver: too many requests")
 _DEFINITE = frozenset(
@@ -208,7 +214,11 @@ class Etcd:
         self._members = [_Member(endpoint, settings) for endpoint in settings.endpoints]
         self._current = 0  # index into _members; all threads use one member until it fails
         self._closed = False
-        self._lock = threading.Lock()  # for the three counters; never held across a call
+        self._lock = threading.Lock()  # for the three counters and the next; never held across a call
+        self._latest: Position | None = None  # the newest that was seen of etcd
+        self._going_back = threading.Lock()  # for the next two
+        self.epoch = 0  # how often etcd went back
+        self.on_went_back: Callable[[Position, Position, int], None] = lambda before, now, epoch: None
         self._watches = 0
         self._watches_connected = 0
         self.transactions = 0  # transactions sent by `commit`, repeated tries included
@@ -217,6 +227,15 @@ class Etcd:
     def watch_connected(self) -> bool:
         """There is a watch, and every watch is connected."""
         return 0 < self._watches == self._watches_connected
+
+    @property
+    def latest(self) -> Position | None:
+        """The newest moment of etcd that an answer has shown."""
+        return self._latest
+
+    def expect(self, position: Position) -> None:
+        """What an earlier process has seen of this etcd: an older answer means that it went back."""
+        self._latest = position
 
     def close(self) -> None:
         """End all calls and watches; what is in flight fails, and so does every later call."""
@@ -244,7 +263,7 @@ class Etcd:
 
     def _list(
         self, prefix: str, deadline: float, keys_only: bool = False, stop: threading.Event | None = None
-    ) -> tuple[KeyValues, _Position]:
+    ) -> tuple[KeyValues, Position]:
         start, end = _range(prefix)
         request = pb.RangeRequest(key=start, range_end=end, limit=PAGE, keys_only=keys_only)
         found: KeyValues = []
@@ -261,7 +280,7 @@ class Etcd:
             request.revision = request.revision or page.header.revision
             found.extend(map(_key_value, page.kvs))
             if not page.more:
-                return found, _Position(page.header.cluster_id, request.revision)
+                return found, Position(page.header.cluster_id, request.revision)
             request.key = page.kvs[-1].key + b"\0"
 
     def status(self, *, deadline: float) -> EtcdStatus:
@@ -361,6 +380,7 @@ class Etcd:
             if left <= 0 or self._closed or (stop is not None and stop.is_set()):
                 raise self._gave_up(time.monotonic() - start, reasons, uncertain)
             tries += 1
+            latest = self._latest
             timeout = min(self._settings.timeout * (tries if patient else 1), left)
             token, sent = None, False
             try:
@@ -373,6 +393,8 @@ class Etcd:
                     reply = call(request, timeout=timeout, metadata=_metadata(token))
                 else:
                     reply = _interruptible(call, request, timeout, _metadata(token), stop)
+                if rpc in _LINEARIZABLE:
+                    self._saw(Position(reply.header.cluster_id, reply.header.revision), latest)
                 return _Reply(reply, uncertain, member.endpoint)
             except grpc.RpcError as error:
                 code, reason = error.code(), _sentence(error)
@@ -398,6 +420,26 @@ class Etcd:
                 pause = max(0.0, min(pause, deadline - time.monotonic()))
                 time.sleep(pause) if stop is None else stop.wait(pause)
 
+    def _saw(self, now: Position, latest: Position | None) -> None:
+        """`latest`: the newest that was known when the question was sent. A linearizable answer is as new at least;
+        where it is not, etcd is another one or was restored from a backup, and `on_went_back(before, now, epoch)` is
+        told before anybody hears the answer.
+        """
+        if latest is not None and now.is_behind(latest):
+            with self._going_back:  # whoever finds it too waits here until it was told
+                before = self._latest or latest
+                if now.is_behind(before):
+                    with self._lock:
+                        self._latest = now
+                        self.epoch += 1
+                    self.on_went_back(before, now, self.epoch)
+            return
+        with self._lock:
+            if self._latest is None or (
+                now.cluster_id == self._latest.cluster_id and now.revision > self._latest.revision
+            ):
+                self._latest = now
+
     def _leave(self, position: int) -> None:
         """Use the next member, unless another thread has left this one already: a late failure is only its own."""
         if self._current == position:
@@ -416,19 +458,20 @@ class Etcd:
     def watch(
         self,
         prefix: str,
-        on_reset: Callable[[KeyValues, int], None],
+        on_reset: Callable[[KeyValues, int, int], None],
         on_events: Callable[[Events, int], None],
         stop: threading.Event,
     ) -> None:
         """Follow a prefix until `stop`, in a thread of its own. Returns within a second of `stop`.
 
-        `on_reset(everything, revision)` after each listing: at the start, when etcd has compacted what was missed,
-        when the cluster is another one or its revision went back (restored from a backup), and after a callback
-        raised. `on_events(events, revision)` in etcd's order, each event once; all of one transaction come
-        together. It is also called with no events and a newer revision on etcd's own progress notification
-        (about every 10 minutes). Both are called in this thread.
+        `on_reset(everything, revision, epoch)` after each listing: at the start, when etcd has compacted what was
+        missed, when the cluster is another one or its revision went back (restored from a backup; then `epoch` is
+        another one), and after a callback raised. `on_events(events, revision)` in etcd's order, each event once; all
+        of one transaction come together. It is also called with no events and a newer revision on etcd's own progress
+        notification (about every 10 minutes). Both are called in this thread.
         """
-        at: _Position | None = None
+        at: Position | None = None
+        epoch = self.epoch
         failures = 0
         with self._lock:
             self._watches += 1
@@ -436,12 +479,15 @@ class Etcd:
             while not stop.is_set() and not self._closed:
                 began = time.monotonic()
                 try:
-                    if at is None:
+                    if at is None or epoch != self.epoch:
+                        epoch = self.epoch
                         found, position = self._list(prefix, began + 60, stop=stop)
-                        on_reset(found, position.revision)
+                        if epoch != self.epoch:
+                            continue  # it went back while it was listed
+                        on_reset(found, position.revision, epoch)
                         at = position
                         del found  # a stream may last for months, and this be the largest thing in memory
-                    at, reason = self._follow(prefix, at, on_events, stop)
+                    at, reason = self._follow(prefix, at, epoch, on_events, stop)
                 except (EtcdUnavailable, EtcdRefused) as error:
                     reason = str(error)
                 except Exception:
@@ -456,8 +502,13 @@ class Etcd:
                 self._watches -= 1
 
     def _follow(
-        self, prefix: str, at: _Position, on_events: Callable[[Events, int], None], stop: threading.Event
-    ) -> tuple[_Position | None, str]:
+        self,
+        prefix: str,
+        at: Position,
+        epoch: int,
+        on_events: Callable[[Events, int], None],
+        stop: threading.Event,
+    ) -> tuple[Position | None, str]:
         """One stream to the current member, until it ends: where we are (None: list anew), and why it ended."""
         position = self._current
         member = self._members[position]
@@ -468,7 +519,8 @@ class Etcd:
 
         def requests() -> Iterator[Any]:
             # gRPC runs this in the thread it keeps for a stream's requests, so it can watch over the stream as well:
-            # end it on `stop`, when the member does not confirm it, and when other calls have left the member.
+            # end it on `stop`, when the member does not confirm it, and when other calls have left the member or have
+            # seen that etcd went back.
             start, end = _range(prefix)
             yield pb.WatchRequest(
                 create_request=pb.WatchCreateRequest(
@@ -477,7 +529,8 @@ class Etcd:
             )
             while not ended.wait(_TICK):
                 late = not created.is_set() and time.monotonic() > give_up
-                if stream is not None and (late or stop.is_set() or self._current != position):
+                left = self._current != position or self.epoch != epoch
+                if stream is not None and (late or stop.is_set() or left):
                     stream.cancel()
                     return
 

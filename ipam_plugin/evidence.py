@@ -210,6 +210,7 @@ class Findings(NamedTuple):
     miscounted: tuple[Miscounted, ...] = ()
     unknown: tuple[Pool, ...] = ()  # pools that a network uses and that have no key
     unsettled: bool = False  # the next look should come soon
+    complete: bool = True  # but for `homeless`, every container of the look has its lease
 
 
 def silence_needed(look: Look, held: Held, kept: Kept) -> Silence | None:
@@ -255,7 +256,7 @@ def compare(
     for held in leases:
         attachment = _bearer(look, held)
         if attachment is not None:
-            name = _naming(look, held, attachment)
+            name = _naming(look, held, attachment, seen(held))
             if name is not None:
                 namings.append(name)
             continue
@@ -269,16 +270,22 @@ def compare(
 
     homeless: dict[tuple[str, str, Address, str], float] = {}
     found: list[Homeless] = []
+    waiting = False
     spots = {(held.segment, held.address) for held in leases}
     for each in look.attachments:
         pool = _pool_of(look, each, [use.pool for use in uses], default_segment)
-        if pool is None or (pool.segment, each.address) in spots or pending(pool.segment, each.address):
+        if pool is None or (pool.segment, each.address) in spots:
+            continue
+        if pending(pool.segment, each.address):
+            waiting = True
             continue
         of = (each.network_id, each.container_id, each.address, each.mac)
         homeless[of] = first = before.homeless.get(of, look.began)
         if look.began - first >= SETTLED:
             known = look.containers.get(each.container_id)
             found.append(Homeless(each, pool, known is not None and each.address in known.fixed))
+        else:
+            waiting = True
 
     miscounted, unknown = _count(look, uses, default_segment) if look.engine == kept.engine else ([], [])
     counted = {
@@ -300,6 +307,7 @@ def compare(
         ),
         tuple(pool for pool in unknown if look.began - without_key[pool.id] >= SETTLED),
         unsettled=any(look.began - first < HURRIED for first in (*homeless.values(), *without_key.values())),
+        complete=not waiting,
     )
     return findings, Memory(look.engine, missed, homeless, counted, without_key)
 
@@ -319,10 +327,13 @@ def _bearer(look: Look, held: Held) -> Attachment | None:
     return next((each for each in bearers if each.mac == held.lease.mac), bearers[0] if bearers else None)
 
 
-def _naming(look: Look, held: Held, attachment: Attachment) -> Naming | None:
-    """None when the lease says it already, or the engine does not say enough."""
+def _naming(look: Look, held: Held, attachment: Attachment, is_older: bool) -> Naming | None:
+    """None when the lease says it already, or the engine does not say enough.
+
+    A lease that `is_older` than the look may come from a backup, and say the MAC of an earlier container.
+    """
     container = container_of(look, attachment)
-    mac = held.lease.mac or attachment.mac
+    mac = (is_older and attachment.mac) or held.lease.mac or attachment.mac
     if container is None or (container, mac) == (held.lease.container, held.lease.mac):
         return None
     return Naming(held, container, mac)

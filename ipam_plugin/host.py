@@ -288,7 +288,8 @@ class Presence:
     """This host in the register. `admit(arrival)` is the gate that every request passes.
 
     `listens_with` gives the MACs of the interfaces that this host listens on, with an address or without; `on_silent`
-    is told when etcd did not answer. `request_limit`: seconds from a request's arrival to its answer. `boot_wait`:
+    is told when etcd did not answer; `restored` gives the token of the last restoration of etcd since which this host
+    has written what its containers have. `request_limit`: seconds from a request's arrival to its answer. `boot_wait`:
     seconds that requests may wait for this host to serve instead, once in a boot.
     """
 
@@ -305,6 +306,7 @@ class Presence:
         time_limit: float,
         listens_with: Callable[[], Collection[str]] = lambda: (),
         on_silent: Callable[[IpamError], None] = lambda error: None,
+        restored: Callable[[], str] = lambda: "",
         request_limit: float = 15.0,
         boot_wait: float = 0.0,
     ) -> None:
@@ -316,11 +318,13 @@ class Presence:
         self._carried = carried
         self._listens_with = listens_with
         self._on_silent = on_silent
+        self._restored = restored
         self._time_limit = time_limit
         self.name = name
         self._kept_name = state.read("host")
         self._me = _this_process(name, state.token())
         self._kept_boot = state.read("boot")
+        self._first_of_boot = self._kept_boot != self._me.boot_id
         self._boot_wait = BootWait(request_limit, boot_wait, over=self._kept_boot == self._me.boot_id)
         self._joined = ""
         self._alarms = Alarms()
@@ -362,6 +366,11 @@ class Presence:
         with self._condition:  # its lock may be taken again by the thread that has it
             self._boot_wait.stop(time.monotonic())
             self._condition.notify_all()
+
+    @property
+    def is_first_of_boot(self) -> bool:
+        """Whether no daemon has served this host since it was booted."""
+        return self._first_of_boot
 
     @property
     def is_serving(self) -> bool:
@@ -544,6 +553,7 @@ class Presence:
                 segments=tuple(sorted(self._segments())),
                 alarms=self._alarms.shown(),
                 macs=tuple(sorted({*self._listens_with()})),
+                restored=self._restored() or (known.restored if known else ""),
             )
         )
         if record == self._written and known is not None and not known.absent:

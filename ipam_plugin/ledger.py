@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol
 from ipam_plugin import decisions
 from ipam_plugin.addresses import Address
 from ipam_plugin.decisions import FREE, KEEP, Claim, Decision
-from ipam_plugin.errors import EtcdUnavailable, IpamError, OutcomeUnknown, PoolExhausted, Refused
+from ipam_plugin.errors import EtcdRestored, EtcdUnavailable, IpamError, OutcomeUnknown, PoolExhausted, Refused
 from ipam_plugin.etcd import Commit, Delete, KeyValue, Put
 from ipam_plugin.model import (
     ENDPOINT,
@@ -40,6 +40,8 @@ from ipam_plugin.view import Entry, Full, Settings, View
 
 log = logging.getLogger(__name__)
 
+# What leases are written for that give nothing to anybody: their holder has the address, whatever etcd says.
+WRITTEN_AGAIN = frozenset({"own", "restore", "name", "settle"})
 READ_AT_ONCE = 100  # keys in one question; etcd takes 128
 
 
@@ -88,6 +90,7 @@ class Ledger:
         self._orphans: queue.SimpleQueue[tuple[str, Entry] | None] = queue.SimpleQueue()
         self.transactions: collections.Counter[str] = collections.Counter()  # by what they were for
         self.lost_races = 0
+        self.may_give: Callable[[], None] = lambda: None  # raises EtcdRestored while nothing is given
         view.on_lease = self._saw_lease
 
     # ------------------------------------------------------------------------------------- one lease
@@ -172,10 +175,19 @@ class Ledger:
     ) -> Commit:
         """One transaction: the lease as it was read, and the segment's settings as they were read.
 
-        `abandon`: where its outcome is not known nobody has it, so it goes when it appears.
+        `abandon`: where its outcome is not known nobody has it, so it goes when it appears. Raises EtcdRestored while
+        nothing is given: what is only written again, because somebody has it (WRITTEN_AGAIN), always may be.
         """
         key = self._keys.lease(claim.pool.segment, claim.address)
-        expect = {key: revision, self._keys.segment(claim.pool.segment): settings.revision, **(unchanged or {})}
+        expect = {
+            key: revision,
+            self._keys.segment(claim.pool.segment): settings.revision,
+            self._keys.restored: self._view.restored()[0],
+            **(unchanged or {}),
+        }
+        gives = purpose not in WRITTEN_AGAIN
+        if gives:
+            self.may_give()  # as of that revision of `restored`, or a later one
         # An orphan is what was granted for a request and is not there anyway: not one holder more or less in a
         # lease that others share, and never the lease of an address that an interface of this host carries.
         # (That one names the interface; to ask the kernel here could fail, and hide that the outcome is unknown.)
@@ -188,6 +200,14 @@ class Ledger:
             if may_be_orphan and abandon:
                 self.abandon(key, claim)
             raise
+        if gives and commit.applied:
+            try:
+                self.may_give()
+            except EtcdRestored:
+                # This very answer may have shown that etcd was restored, and does not know yet who has the address.
+                if may_be_orphan:
+                    self.abandon(key, claim)
+                raise
         there = commit.found.get(key)
         if not commit.applied and there and lease.token == claim.token == read_lease(there.value).token:
             # An earlier try was applied, and somebody has changed the lease since (filled in a name): it is ours.

@@ -353,6 +353,7 @@ class Host(msgspec.Struct, frozen=True, omit_defaults=True):
     alarms: tuple[str, ...] = ()
     macs: tuple[str, ...] = ()  # of the interfaces that its daemon listens on, which may be without an address
     absent: str = ""  # since when its heartbeat is missing, as the first living daemon that noticed wrote it down
+    restored: str = ""  # token of the last Restored since which it has written what its containers have
 
 
 class Alive(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -368,6 +369,16 @@ class Alive(msgspec.Struct, frozen=True, omit_defaults=True):
     pid_started: str = ""
     since: str = ""
     version: str = ""
+
+
+class Restored(msgspec.Struct, frozen=True, omit_defaults=True):
+    """That etcd went back to an earlier state. Until the living hosts have answered, it does not know all that is in
+    use (restoration.py)."""
+
+    token: str
+    since: str = ""
+    by: str = ""  # the host that noticed it first
+    note: str = ""
 
 
 def marked_absent(record: bytes, since: str) -> bytes:
@@ -553,10 +564,12 @@ class Keys:
     wanted: str = field(init=False)
     retiring: str = field(init=False)
     gone: str = field(init=False)
+    restored: str = field(init=False)  # the one key that is no folder
 
     def __post_init__(self) -> None:
         for name in ("leases", "history", "segments", "pools", "hosts", "alive", "wanted", "retiring", "gone"):
             object.__setattr__(self, name, f"{self.prefix}{name}/")
+        object.__setattr__(self, "restored", f"{self.prefix}restored")
 
     def lease(self, segment: str, address: Address) -> str:
         return f"{self.leases}{segment}/{address}"

@@ -69,8 +69,9 @@ class Reconciler:
     """One thread runs it; the other methods may be called from any thread.
 
     `carried(deadline)` answers with the addresses on this host's interfaces, `pending` says whether the journal has
-    something about an address, `grace` is in seconds. Everything in `on_look` is called with each look, in the
-    reconciler's thread.
+    something about an address, `grace` is in seconds. Everything in `on_look` is called with each look, and
+    `on_compared(began)` when after a look that began then (monotonic seconds) every container of it has its lease, or
+    an alarm was raised: in the reconciler's thread.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class Reconciler:
             dict.fromkeys(("freed", "restored", "named", "lost", "pools"), 0)
         )
         self.on_look: list[Callable[[Look], None]] = []
+        self.on_compared: Callable[[float], None] = lambda began: None
 
     # ------------------------------------------------------------------------------------ for the others
 
@@ -291,6 +293,9 @@ class Reconciler:
         self._answered = {token: when for token, when in self._answered.items() if when > asked_lately}
         gone = [each for each in findings.gone if each.held.lease.token not in self._answered]
         self._unsettled = findings.unsettled or len(gone) > FREED_AT_ONCE
+        homes = self._house(findings)
+        if homes and findings.complete:
+            self.on_compared(look.began)
         self._mend(findings._replace(gone=tuple(gone[:FREED_AT_ONCE])))
 
     def _settle_expected(self, look: Look, leases: Mapping[Spot, Lease]) -> None:
@@ -343,24 +348,39 @@ class Reconciler:
 
     # ---------------------------------------------------------------------------------- what is mended
 
+    def _house(self, findings: Findings) -> bool:
+        """Whether every container without a lease has one now, or an alarm was raised."""
+        return self._carry_out(
+            [
+                *(functools.partial(self._register.ensure_pool, pool, _soon()) for pool in findings.unknown),
+                *(functools.partial(self._restore, each) for each in findings.homeless),
+            ]
+        )
+
     def _mend(self, findings: Findings) -> None:
-        steps: list[Callable[[], None]] = [
-            *(functools.partial(self._register.ensure_pool, pool, _soon()) for pool in findings.unknown),
-            *(functools.partial(self._restore, each) for each in findings.homeless),
-            *(functools.partial(self._name, each) for each in findings.namings),
-            *(functools.partial(self._free, each) for each in findings.gone),
-            *(functools.partial(self._correct, each) for each in findings.miscounted),
-        ]
+        self._carry_out(
+            [
+                *(functools.partial(self._name, each) for each in findings.namings),
+                *(functools.partial(self._free, each) for each in findings.gone),
+                *(functools.partial(self._correct, each) for each in findings.miscounted),
+            ]
+        )
+
+    def _carry_out(self, steps: Sequence[Callable[[], None]]) -> bool:
+        """Whether all succeeded. What did not is tried again with the next look."""
+        succeeded = True
         for step in steps:
             if self._closed or self._hurry > self._began:
                 self._unsettled = True
-                return  # a request waits for a look
+                return False  # a request waits for a look
             try:
                 step()
             except EtcdUnavailable:
                 raise  # the others would fare no better
             except IpamError as error:
                 log.info("it is tried again with the next look at dockerd: %s", error)
+                succeeded = False
+        return succeeded
 
     def _free(self, gone: Gone) -> None:
         held = gone.held

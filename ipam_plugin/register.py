@@ -22,6 +22,7 @@ from ipam_plugin.errors import (
     AddressTaken,
     BadRequest,
     EtcdRefused,
+    EtcdRestored,
     EtcdUnavailable,
     OutcomeUnknown,
     PoolExhausted,
@@ -72,11 +73,11 @@ class Register:
     """The addresses of all segments, for the Docker Engine of one host.
 
     `segments` answers with the segments that this host is in, `carried(deadline)` with the addresses on its interfaces,
-    in the kernel's order; `alarm(kind, text)` tells an operator, `on_given` is told of each container's address and
-    MAC. `is_gone(pool, address, lease, deadline)` says whether nobody has the address of a lease of this host, by a
-    look at dockerd that began after it was asked. Deadlines are absolute, in seconds of
-    time.monotonic(). Every method may be called from any thread and raises the errors of errors.py, of which any that
-    may have written is OutcomeUnknown.
+    in the kernel's order; `alarm(kind, text)` tells an operator, `may_give(deadline)` returns when addresses may be
+    given or raises EtcdRestored, `on_given` is told of each container's address and MAC. `is_gone(pool, address, lease,
+    deadline)` says whether nobody has the address of a lease of this host, by a look at dockerd that began after it was
+    asked. Deadlines are absolute, in seconds of time.monotonic(). Every method may be called from any thread and raises
+    the errors of errors.py, of which any that may have written is OutcomeUnknown.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Register:
         segments: Callable[[], Collection[str]],
         carried: Callable[[float], Sequence[InterfaceAddress]],
         alarm: Callable[[str, str], None],
+        may_give: Callable[[float], None] = lambda deadline: None,
         on_given: Callable[[Pool, Address, str], None] = lambda pool, address, mac: None,
         is_gone: Callable[[Pool, Address, Lease, float], bool] = lambda pool, address, lease, deadline: False,
     ) -> None:
@@ -105,6 +107,7 @@ class Register:
         self._segments = segments
         self._carried = carried
         self._alarm = alarm
+        self._may_give = may_give
         self._on_given = on_given
         self._is_gone = is_gone
         self._engine_knows_us = True
@@ -189,6 +192,14 @@ class Register:
 
     def request_address(self, request: RequestAddress, deadline: float) -> str:
         """An address with the subnet's prefix length, in the register by the time this returns (promise P4)."""
+        while True:
+            self._may_give(deadline)
+            try:
+                return self._give(request, deadline)
+            except EtcdRestored:
+                continue  # it was found out in the middle of it
+
+    def _give(self, request: RequestAddress, deadline: float) -> str:
         pool = Pool.parse(request.PoolID)
         asked = address_of(request.Address) if request.Address else None
         if asked is not None:
@@ -265,11 +276,13 @@ class Register:
             return
         assert work.address is not None
         claim = self._ledger.claim(pool, work.address)
+        # What is given here was given before, and what is released is not given to anybody.
+        settle = functools.partial(self._ledger.change, claim, deadline=deadline, purpose="settle")
         if work.what == "given":
             assert work.lease is not None
             decide = functools.partial(decisions.settle_given, given=work.lease, tokens=work.tokens)
             try:
-                self._ledger.change(claim, decide, deadline)
+                settle(decide)
             except AddressTaken as error:
                 name = work.lease.container.name if work.lease.container else f"with MAC {work.lease.mac}"
                 self._alarm(
@@ -283,7 +296,7 @@ class Register:
                 return self._release_of(pool, claim.address, token, deadline)(lease, claim)
 
             decide = functools.partial(decisions.settle_released, tokens=work.tokens, release=release)
-            self._ledger.change(claim, decide, deadline, why="released while etcd was away")
+            settle(decide, why="released while etcd was away")
 
     def engine_asked_capabilities(self) -> None:
         """dockerd has them again, so a request without a MAC will not come any more."""
@@ -586,7 +599,7 @@ class Register:
                 claim = self._ledger.claim(Pool(segment=segment, subnet=network), carrier.address)
                 decide = functools.partial(decisions.register_own, carrier=carrier)
                 try:
-                    self._ledger.change(claim, decide, deadline)
+                    self._ledger.change(claim, decide, deadline, purpose="own")
                     self._own.add(said)
                 except AddressTaken as error:
                     self._alarm("own_address_taken", str(error))

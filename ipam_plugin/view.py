@@ -46,6 +46,7 @@ from ipam_plugin.model import (
     Lease,
     Pool,
     PoolUse,
+    Restored,
     SegmentSettings,
     decode,
     parse_duration,
@@ -279,18 +280,20 @@ class View:
         self.on_pools: Callable[[], None] = lambda: None
         self.on_wanted: Callable[[], None] = lambda: None
         self.on_orders: Callable[[], None] = lambda: None
-        self.on_went_back: Callable[[int, int], None] = lambda before, now: None
+        # In the thread that feeds, with the token, before anybody sees the change.
+        self.on_restored: Callable[[str], None] = lambda token: None
+        self.epoch = 0  # of etcd's answers that it was read from
+        self._restored: tuple[int, Restored | None] = (0, None)
 
     # ------------------------------------------------------------------------------------ being fed
 
-    def reset(self, values: Iterable[tuple[str, bytes, int]], revision: int) -> None:
+    def reset(self, values: Iterable[tuple[str, bytes, int]], revision: int, epoch: int = 0) -> None:
         """Everything below the prefix, as (key, value, revision), listed at one revision.
 
-        A revision older than what the view has means that etcd went back to a backup: what the view knew is void.
+        Another `epoch` than before means that etcd went back to a backup: what the view knew is void.
         """
         with self._changed:
-            before = self.revision
-            went_back = revision < before
+            went_back = epoch != self.epoch or revision < self.revision
             newer = [
                 (segment, version, number, entry, family.held.get(number))
                 for segment, each in self._segments.items()
@@ -308,6 +311,7 @@ class View:
             self._history.clear()
             self._alive, self._wanted, self._orders = {}, {}, {}
             self._lost.clear()
+            self._restored = (0, None)
             for (name, version), numbers in pending.items():
                 self._segment(name).families[version].pending = numbers
             for key, value, key_revision in values:
@@ -316,11 +320,10 @@ class View:
                 self._segment(segment).families[version].set(number, entry, held)
             self._history = OrderedDict(sorted(self._history.items(), key=operator.itemgetter(1)))
             self._read_hosts()
-            self.revision = revision
+            self.revision, self.epoch = revision, epoch
+            self.on_restored(self._restored[1].token if self._restored[1] else "")
             self.loaded.set()
             self._changed.notify_all()
-        if went_back:
-            self.on_went_back(before, revision)
         self.on_pools()
 
     def apply(self, events: Iterable[tuple[str, bytes | None, int]], revision: int) -> None:
@@ -379,6 +382,8 @@ class View:
                 self._orders.pop(name, None)
             elif "/" not in name:  # how far it got stands below it
                 self._orders[name] = revision
+        elif key == keys.restored:
+            self._apply_restored(value, revision)
         elif key.startswith(keys.gone):
             (self._lost.discard if value is None else self._lost.add)(key.removeprefix(keys.gone))
         elif key.startswith(keys.wanted):
@@ -487,6 +492,18 @@ class View:
             self._report(self._keys.segment(name), f"cannot be read, so nothing is given out in it: {error}")
             segment.settings = Settings(revision, SegmentSettings(), str(error))
 
+    def _apply_restored(self, value: bytes | None, revision: int) -> None:
+        if revision < self._restored[0]:
+            return
+        try:
+            restored = decode(value, Restored) if value is not None else None
+        except ValueError as error:
+            # Somebody means that etcd was restored, whatever else he wrote.
+            self._report(self._keys.restored, f"cannot be read: {error}")
+            restored = Restored(token=f"revision {revision}")
+        self._restored = (revision if value is not None else 0, restored)
+        self.on_restored(restored.token if restored else "")
+
     def _apply_pool(self, key: str, value: bytes | None, revision: int) -> None:
         pool_id, _, host = key.removeprefix(self._keys.pools).rpartition("/")
         known = self._pools.get(pool_id, {}).get(host)
@@ -540,6 +557,17 @@ class View:
         return self._local(segment).cooldown
 
     # ------------------------------------------------------------------------------------ questions
+
+    def restored(self) -> tuple[int, Restored | None]:
+        """That etcd went back, as it stands there, and the revision of that; 0 and None where it never did."""
+        with self._changed:
+            return self._restored
+
+    def hosts_present(self) -> dict[str, str]:
+        """The hosts that are not known to be absent, and the token of the last `restored` that each has answered."""
+        with self._changed:
+            found = {name: host.restored for name, (_, host) in self._hosts.items() if not host.absent}
+            return {**dict.fromkeys(self._alive, ""), **found}
 
     def hold(self, pool: Pool) -> float:
         """For how many seconds an address of the pool is kept for its container; the network's own word counts."""

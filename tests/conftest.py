@@ -64,3 +64,15 @@ def etcd3() -> Iterator[EtcdCluster]:
         missing("etcd", "there is no etcd binary")
     with EtcdCluster(3) as cluster:
         yield cluster
+
+
+@pytest.fixture
+def own_etcd() -> Iterator[EtcdCluster]:
+    """One member for this test alone, to be paused and killed."""
+    with EtcdCluster() as cluster:
+        try:
+            yield cluster
+        finally:
+            for member in cluster.members:
+                if member.running:
+                    member.resume()

@@ -220,6 +220,27 @@ class EtcdCluster:
             member = Member(name, data, [*command, *arguments], endpoint, metrics)
             self.members.append(member)
             member.start()
+        self._initial = initial
+
+    def save(self) -> Path:
+        """A backup of what is in etcd now."""
+        backup = self._directory / "backup"
+        self.etcdctl("snapshot", "save", str(backup))
+        return backup
+
+    def restore(self, backup: Path, token: str = "") -> None:
+        """The only member, which has ended, starts again with a backup's data. `token`: as another cluster."""
+        assert ETCDCTL is not None
+        (member,) = self.members
+        (peer,) = [each.partition("=")[2] for each in self._initial.split(",")]
+        shutil.rmtree(member.data)
+        command = [ETCDCTL, "snapshot", "restore", str(backup), "--data-dir", str(member.data), "--name", member.name]
+        command += ["--initial-cluster", self._initial, "--initial-advertise-peer-urls", peer]
+        command += ["--initial-cluster-token", token or "etcd-cluster"]
+        environment = os.environ | {"ETCDCTL_API": "3"}
+        subprocess.run(command, check=True, capture_output=True, timeout=30, env=environment)
+        member.start()
+        self.wait_ready()
 
     def __enter__(self) -> EtcdCluster:
         return self

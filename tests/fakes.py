@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ipam_plugin.errors import EtcdRefused, EtcdUnavailable, OutcomeUnknown
-from ipam_plugin.etcd import Commit, Delete, Etcd, EtcdStatus, Event, Events, KeyValue, KeyValues, Put
+from ipam_plugin.etcd import Commit, Delete, Etcd, EtcdStatus, Event, Events, KeyValue, KeyValues, Position, Put
 
 
 class Fault(enum.Enum):
@@ -72,6 +72,9 @@ class FakeEtcd:
         self._watches = 0
         self._generation = 0  # counts restored backups; a watch of an older one lists anew
         self.cluster_id = 0xFA4E
+        self.latest: Position | None = None
+        self.epoch = 0
+        self.on_went_back: Callable[[Position, Position, int], None] = lambda before, now, epoch: None
         self.faults: deque[Fault] = deque()
         self.on_commit: Callable[[Mapping[str, int], Writes], Fault] | None = None
         self.stuck: list[_Stuck] = []
@@ -126,6 +129,9 @@ class FakeEtcd:
     def watch_connected(self) -> bool:
         return self._watches > 0 and not self.down
 
+    def expect(self, position: Position) -> None:
+        self.latest = position
+
     def close(self) -> None:
         with self._changed:
             self.closed = True
@@ -134,16 +140,19 @@ class FakeEtcd:
     def get(self, key: str, *, deadline: float) -> KeyValue | None:
         with self._changed:
             self._ask(deadline)
+            self._saw()
             return self._keys.get(key)
 
     def get_many(self, keys: Sequence[str], *, deadline: float) -> tuple[dict[str, KeyValue | None], int]:
         with self._changed:
             self._ask(deadline)
+            self._saw()
             return {key: self._keys.get(key) for key in keys}, self._revision
 
     def list(self, prefix: str, *, deadline: float, keys_only: bool = False) -> tuple[KeyValues, int]:
         with self._changed:
             self._ask(deadline)
+            self._saw()
             return self._listing(prefix, keys_only), self._revision
 
     def commit(self, expect: Mapping[str, int], writes: Writes, *, deadline: float, proof: str | None = None) -> Commit:
@@ -165,6 +174,7 @@ class FakeEtcd:
             if fault is not Fault.PASS:
                 raise OutcomeUnknown("etcd did not confirm within 0 s, it may be written yet (fake: no answer)")
             applied, revision = self._transact(expect, writes)
+            self._saw()
             if applied:
                 return Commit(True, revision, {})
             found = {key: self._keys.get(key) for key in expect}
@@ -204,7 +214,7 @@ class FakeEtcd:
     def watch(
         self,
         prefix: str,
-        on_reset: Callable[[KeyValues, int], None],
+        on_reset: Callable[[KeyValues, int, int], None],
         on_events: Callable[[Events, int], None],
         stop: threading.Event,
     ) -> None:
@@ -219,6 +229,7 @@ class FakeEtcd:
                 with self._changed:
                     if not self.down:
                         if at is None or generation != self._generation or at < self._compacted:
+                            self._saw()
                             reset, at, generation = self._listing(prefix), self._revision, self._generation
                         else:
                             events = self._next_transaction(prefix, at)
@@ -228,7 +239,7 @@ class FakeEtcd:
                 try:
                     if reset is not None:
                         assert at is not None
-                        on_reset(reset, at)
+                        on_reset(reset, at, self.epoch)
                     else:
                         at = events[-1].revision
                         on_events(events, at)
@@ -246,6 +257,16 @@ class FakeEtcd:
             raise EtcdUnavailable("etcd did not answer within 0 s (this client was closed)")
         if self.down or deadline <= time.monotonic():
             raise EtcdUnavailable(f"etcd did not answer within 0 s (fake: {'down' if self.down else 'no time left'})")
+
+    def _saw(self) -> None:
+        now = Position(self.cluster_id, self._revision)
+        before = self.latest
+        if before is None or not now.is_behind(before):
+            self.latest = now
+            return
+        self.latest = now
+        self.epoch += 1
+        self.on_went_back(before, now, self.epoch)
 
     def _listing(self, prefix: str, keys_only: bool = False) -> KeyValues:
         found = sorted(

@@ -32,12 +32,14 @@ from ipam_plugin.interfaces import InterfaceAddress, Link
 from ipam_plugin.journal import Journal
 from ipam_plugin.ledger import Ledger
 from ipam_plugin.metrics import Metrics
-from ipam_plugin.model import Keys, Lease, Pool, decode
+from ipam_plugin.model import Host as HostRecord
+from ipam_plugin.model import Keys, Lease, Pool, decode, encode
 from ipam_plugin.neighbourhood import Habits, Neighbourhood
 from ipam_plugin.outage import Outage
 from ipam_plugin.packets import How
 from ipam_plugin.reconcile import Reconciler
 from ipam_plugin.register import Register
+from ipam_plugin.restoration import Restoration
 from ipam_plugin.retire import Retirer
 from ipam_plugin.standby import Keeper
 from ipam_plugin.view import Local, View
@@ -320,6 +322,7 @@ class Host:
             segments=lambda: {segment, *self.view.segments_of(name)},
             carried=lambda deadline: list(self.carried),
             alarm=lambda kind, text: self.alarms.append((kind, text)),
+            may_give=lambda deadline: self.restoration.wait(deadline) if self.restoration else None,
             on_given=self._given,
             is_gone=lambda *asked: self.reconciler.is_gone(*asked),
         )
@@ -355,6 +358,7 @@ class Host:
             alarm=lambda kind, text: self.alarms.append((kind, text)),
         )
         self.view.on_orders = self.retirer.wake
+        self.restoration: Restoration | None = None
         self.metrics = Metrics()
         self._time_limit = time_limit
         self.app = create_app(self.register, self._admit, metrics=self.metrics)
@@ -370,9 +374,9 @@ class Host:
         return deadline
 
     def _watch(self) -> None:
-        def reset(values: Any, revision: int) -> None:
+        def reset(values: Any, revision: int, epoch: int) -> None:
             self._wait_for_gate()
-            self.view.reset(((each.key, each.value, each.revision) for each in values), revision)
+            self.view.reset(((each.key, each.value, each.revision) for each in values), revision, epoch)
 
         def events(changes: Any, revision: int) -> None:
             self._wait_for_gate()
@@ -424,6 +428,50 @@ class Host:
         )
         self._threads[-1].start()
 
+    def guard(self, *, nothing_runs: bool = False) -> Restoration:
+        """Nothing is given from now on after etcd went back, until all have answered; this host has a record then."""
+        restoration = Restoration(
+            self.etcd,
+            self.ledger,
+            self.view,
+            KEYS,
+            self.name,
+            FakeState(self.state),
+            nothing_runs=nothing_runs,
+            alarm=lambda kind, text: self.alarms.append((kind, text)),
+            changed=self._write_record,
+        )
+        seen = restoration.seen()
+        if seen is not None:
+            self.etcd.expect(seen.position)
+        told = self.etcd.on_went_back
+
+        def went_back(*what: Any) -> None:
+            told(*what)  # the hosts share their client
+            restoration.went_back(*what)
+
+        self.etcd.on_went_back = went_back
+        self.view.on_restored = restoration.learned
+        self.ledger.may_give = restoration.check
+        self.claims.is_waiting = lambda: restoration.is_waiting
+        self.reconciler.on_compared = restoration.compared
+        self.restoration = restoration
+        self._write_record()
+        restoration.learned("")
+        self._threads.append(
+            threading.Thread(target=restoration.run, args=(self._stop,), name=f"restoration of {self.name}")
+        )
+        self._threads[-1].start()
+        return restoration
+
+    def _write_record(self) -> None:
+        assert self.restoration is not None
+        key = KEYS.host(self.name)
+        there = self.etcd.get(key, deadline=time.monotonic() + PATIENCE)
+        known = decode(there.value, HostRecord) if there else HostRecord(host=self.name)
+        record = HostRecord(host=self.name, restored=self.restoration.answered or known.restored)
+        self.etcd.commit({}, [Put(key, encode(record))], deadline=time.monotonic() + PATIENCE)
+
     def carry_out(self) -> None:
         """Start the thread that carries out the journal."""
         self._threads.append(
@@ -467,6 +515,8 @@ class Host:
         self.reconciler.close()
         self.outage.wake()
         self.holds.wake()
+        if self.restoration is not None:
+            self.restoration.close()
         self.etcd.set_down(self.etcd.down)  # wakes the watch
         for each in self._threads:
             each.join(PATIENCE)

@@ -159,7 +159,7 @@ def test_standby_is_converted_in_one_transaction(lan: Lan, a: Host, wire: FakeLa
     key = f"{KEYS.leases}default/{given}"
     assert given in ready
     assert lan.etcd.transactions == before + 1
-    assert expected == [{key: revisions[key], KEYS.segment("default"): 0}]
+    assert expected == [{key: revisions[key], KEYS.segment("default"): 0, KEYS.restored: 0}]
     assert len(wire.probed) == probed
     assert [str(each.address) for each in a.stock.all()] == [each for each in ready if each != given]
 

@@ -112,7 +112,7 @@ class Daemon:
     def _watch(self) -> None:
         self._etcd.watch(
             self._keys.prefix,
-            lambda values, revision: self.view.reset(((v.key, v.value, v.revision) for v in values), revision),
+            lambda values, *at: self.view.reset(((v.key, v.value, v.revision) for v in values), *at),
             self.view.apply,
             self._stop,
         )

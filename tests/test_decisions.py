@@ -597,7 +597,8 @@ def test_only_the_lease_that_was_meant_ends_or_is_named(kind: str, host: str, to
     assert decisions.end_orphan(lease, CLAIM, "meant", False) is (FREE if meant else KEEP)
     named = decisions.name_container(lease, CLAIM, "meant", Container("web"), CARD)
     if meant:
-        assert named == msgspec.structs.replace(lease, container=Container("web"))
+        # In a lease from a backup the MAC may be an earlier container's.
+        assert named == msgspec.structs.replace(lease, container=Container("web"), mac=CARD)
         assert decisions.name_container(named, CLAIM, "meant", Container("web"), CARD) is KEEP  # type: ignore[arg-type]
     else:
         assert named is KEEP

@@ -58,6 +58,7 @@ class Mirror:
 
     def __init__(self, client: Any, prefix: str) -> None:
         self.resets: list[tuple[list[KeyValue], int]] = []
+        self.epochs: list[int] = []
         self.batches: list[tuple[list[Event], int]] = []
         self.keys: dict[str, bytes] = {}
         self.revision = 0
@@ -68,7 +69,8 @@ class Mirror:
         )
         self._thread.start()
 
-    def _reset(self, found: list[KeyValue], revision: int) -> None:
+    def _reset(self, found: list[KeyValue], revision: int, epoch: int) -> None:
+        self.epochs.append(epoch)
         self.resets.append((found, revision))
         self.keys = {kv.key: kv.value for kv in found}
         self.revision = revision
@@ -487,8 +489,15 @@ def test_the_fake_goes_back_to_a_backup() -> None:
     before = fake.status(deadline=soon())
     with contextlib.closing(Mirror(fake, "")) as mirror:
         until(lambda: mirror.resets, "the first list")
+        told = []
+        fake.on_went_back = lambda *what: told.append(what)
         fake.restore(backup)
         until(lambda: mirror.keys == {"a": b"1"}, "listed anew")
+        fake.get("a", deadline=soon())
+        assert [(then.revision, now.revision, epoch) for then, now, epoch in told] == [
+            (before.revision, backup.revision, 1)
+        ]
+        assert mirror.epochs == [0, 1]
     after = fake.status(deadline=soon())
     assert after.revision < before.revision
     assert after.cluster_id != before.cluster_id

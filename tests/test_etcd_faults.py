@@ -18,7 +18,7 @@ import pytest
 
 from etcd_server import EtcdCluster, free_ports, until
 from ipam_plugin.errors import EtcdRefused, EtcdUnavailable, OutcomeUnknown
-from ipam_plugin.etcd import Commit, Etcd, EtcdSettings, Fate, Put, fate
+from ipam_plugin.etcd import Commit, Etcd, EtcdSettings, Fate, Position, Put, fate
 from ipam_plugin.etcd3_import import etcdrpc as pb
 from test_etcd_contract import Mirror, soon
 
@@ -189,6 +189,7 @@ def test_no_transaction_is_lost_doubled_or_refused(
     assert load.errors == []
     assert {kv.key: kv.value for kv in found} == load.won
     assert mirror.keys == load.won
+    assert client.epoch == 0, "a member that lags behind is no older etcd"
     assert len(mirror.resets) == 1, "it resumed, and did not list again"
     told = [event.revision for events, _ in mirror.batches for event in events]
     assert told == [kv.revision for kv in found if kv.revision > mirror.resets[0][1]]
@@ -386,6 +387,57 @@ os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     assert done.returncode == 7, done.stderr
 
 
+# ---- a backup
+
+
+@pytest.mark.etcd
+@pytest.mark.parametrize("token", ["", "another"], ids=["the same cluster", "another cluster"])
+def test_that_etcd_went_back_is_told_before_the_answer(own_etcd: EtcdCluster, token: str) -> None:
+    """By the first answer that shows it, also to one who only reads; and a watch lists everything anew."""
+    (member,) = own_etcd.members
+    with contextlib.closing(Etcd(own_etcd.settings())) as client, contextlib.closing(Mirror(client, "/b/")) as mirror:
+        told: list[tuple[Position, Position, int]] = []
+        client.on_went_back = lambda *what: told.append(what)
+        until(lambda: client.watch_connected, "the watch is connected")
+        client.commit({}, [Put("/b/kept", b"1")], deadline=soon())
+        backup = own_etcd.save()
+        for number in range(30):
+            done = client.commit({}, [Put("/b/lost", b"%d" % number)], deadline=soon())
+        until(lambda: "/b/lost" in mirror.keys, "the watch has it")
+        latest = client.latest
+        assert latest is not None
+        assert latest.revision >= done.revision
+        member.kill()
+        own_etcd.restore(backup, token)
+        assert told == []
+        client.commit({}, [Put("/b/new", b"1")], deadline=soon(30))
+        [(before, now, epoch)] = told
+        assert before == latest
+        assert (now.cluster_id == before.cluster_id) is not bool(token)
+        assert now.revision < before.revision
+        assert epoch == client.epoch == 1
+        until(lambda: mirror.keys == {"/b/kept": b"1", "/b/new": b"1"}, "listed anew", 20)
+        assert mirror.epochs[-1] == 1
+        client.commit({}, [Put("/b/new", b"2")], deadline=soon())
+        until(lambda: mirror.keys["/b/new"] == b"2", "the watch goes on")
+        assert len(told) == 1
+
+
+@pytest.mark.etcd
+def test_what_an_earlier_process_saw_counts(own_etcd: EtcdCluster) -> None:
+    with contextlib.closing(Etcd(own_etcd.settings())) as client:
+        client.commit({}, [Put("/b/a", b"1")], deadline=soon())
+        latest = client.latest
+        assert latest is not None
+    for expected, times in ((latest, 0), (latest._replace(revision=latest.revision + 1), 1)):
+        with contextlib.closing(Etcd(own_etcd.settings())) as client:
+            told: list[Position] = []
+            client.on_went_back = lambda before, now, epoch: told.append(before)  # noqa: B023 - called within the loop
+            client.expect(expected)
+            client.list("/b/", deadline=soon())
+            assert told == [expected] * times
+
+
 # ---- watches
 
 
@@ -541,7 +593,7 @@ def test_a_watch_that_is_opened_with_an_expired_login_logs_in_again() -> None:
         heard: list[Any] = []
         stop = threading.Event()
 
-        def wait_until_expired(found: Any, revision: int) -> None:
+        def wait_until_expired(found: Any, revision: int, epoch: int) -> None:
             heard.append(found)
             expire(client, ttl)
 

@@ -229,8 +229,8 @@ class Node:
             threading.Thread(target=self.presence.run, args=(self.register, self._stop)),
         ]
 
-    def _listed(self, found: list[KeyValue], revision: int) -> None:
-        self.view.reset([(each.key, each.value, each.revision) for each in found], revision)
+    def _listed(self, found: list[KeyValue], revision: int, epoch: int) -> None:
+        self.view.reset([(each.key, each.value, each.revision) for each in found], revision, epoch)
 
     def segments(self) -> set[str]:
         return {self.segment, *self.view.segments_of(self.presence.name)}

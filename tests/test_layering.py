@@ -48,6 +48,7 @@ ALLOWED = {
         "addresses", "claims", "decisions", "errors", "evidence", "ledger", "model", "neighbourhood", "register",
         "view",
     },
+    "restoration": {"errors", "etcd", "ledger", "model", "view"},
     "retirement": {"decisions", "model"},
     "retire": {"addresses", "errors", "etcd", "ledger", "model", "neighbourhood", "retirement", "view"},
     "operations": {"addresses", "check", "errors", "etcd", "model"},
@@ -56,7 +57,7 @@ ALLOWED = {
     "daemon": {
         "addresses", "app", "claims", "config", "dockerd", "embedded_etcd", "errors", "etcd", "holds", "host",
         "interfaces", "journal", "ledger", "metrics", "model", "neighbourhood", "outage", "reconcile", "register",
-        "retire", "standby", "vendors", "view", "wire",
+        "restoration", "retire", "standby", "vendors", "view", "wire",
     },
     "cli": {
         "addresses", "check", "config", "daemon", "dockerd", "errors", "evidence", "host", "install", "model",

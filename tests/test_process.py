@@ -56,18 +56,6 @@ def make(tmp_path: Path, etcd: RealEtcd) -> Iterator[Make]:
             daemon.kill()
 
 
-@pytest.fixture
-def own_etcd() -> Iterator[EtcdCluster]:
-    """One member for this test alone, to be paused and killed."""
-    with EtcdCluster() as cluster:
-        try:
-            yield cluster
-        finally:
-            for member in cluster.members:
-                if member.running:
-                    member.resume()
-
-
 def started(daemon: DaemonProcess) -> DaemonProcess:
     daemon.start()
     daemon.wait_answering()
