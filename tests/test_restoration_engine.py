@@ -30,10 +30,10 @@ class Doubles(threading.Thread):
         self.found: set[str] = set()
         self.looks = 0
         self._hosts = lab.hosts
-        self._stop = threading.Event()
+        self._ended = threading.Event()
 
     def run(self) -> None:
-        while not self._stop.wait(0.1):
+        while not self._ended.wait(0.1):
             with contextlib.suppress(LabError):
                 seen = {(each.address, each.run) for host in self._hosts for each in host.sighted() if each.started}
                 count = Counter(address for address, _ in seen)
@@ -45,7 +45,7 @@ class Doubles(threading.Thread):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
+        self._ended.set()
         self.join(10)
 
 
