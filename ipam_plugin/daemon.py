@@ -302,7 +302,10 @@ class Daemon:
         self._watcher = interfaces.Watcher(self._interfaces_changed)
         self._watcher.start()
         self._run("etcd's size", self._ask_etcd_size)
-        self._stop_metrics = self._metrics.listen(self._config.metrics.listen, lambda: self._presence.why_not_serving)
+        self._stop_metrics = self._metrics.listen(
+            self._config.metrics.listen,
+            lambda: self._presence.why_not_serving or self._restoration.why_not_giving,
+        )
 
     def stopping(self) -> None:
         """No request is taken any more; those that are here are answered within their deadline, before `stop`."""

@@ -12,6 +12,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -202,6 +203,12 @@ def test_healthz_and_readyz(tmp_path: Path) -> None:
             assert daemon.release_address(pool, address).ok
             assert page(daemon, "/readyz") == (200, "serving\n")
             assert page(daemon, "/healthz") == (200, "alive\n")
+            shutil.rmtree(member.data)
+            member.start()
+            why = until(
+                lambda: (said := page(daemon, "/readyz")) and said[0] == 503 and said[1], "it gives nothing", 30
+            )
+            assert "etcd was restored from a backup" in why
             assert page(daemon, "/")[0] == 404
 
 
