@@ -28,6 +28,12 @@ def rules() -> dict[str, dict[str, Any]]:
     return by_name
 
 
+def unfilled(labels: Mapping[str, str]) -> set[str]:
+    """The labels of which an alert's text speaks, and which the alert, with these, does not have."""
+    text = json.dumps(rules()[labels["alertname"]]["annotations"])
+    return set(re.findall(r"\$labels\.(\w+)", text)) - labels.keys()
+
+
 def panels() -> dict[str, list[str]]:
     """What the dashboard asks for, by the panels' titles."""
     shown = [panel for panel in json.loads(DASHBOARD.read_text())["panels"] if panel["type"] != "row"]

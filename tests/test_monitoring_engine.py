@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from conftest import missing
-from prometheus_server import PROMETHEUS, Prometheus, as_grafana_asks, panels, rules
+from prometheus_server import PROMETHEUS, Prometheus, as_grafana_asks, panels, rules, unfilled
 from promql import served
 from test_engine import failed, of_kind, start
 from test_monitoring import METRICS, ON_A_WIRE
@@ -116,13 +116,11 @@ def test_every_rule_of_the_wire_fires(lan: Lab, prometheus: Prometheus) -> None:
         plant(lan)
 
     name = lan.hosts[0].name
-    fired = until(
-        lambda: (
-            (those := {each["alertname"] for each in prometheus.firing() if each["instance"] == name}) >= ON_A_WIRE
-            and those
-        ),
-        60,
-        "both fire",
-        pause=0.5,
-    )
-    print(f"with the cable out, and a stranger found before: {sorted(fired)}")
+
+    def fired() -> list[dict[str, str]]:
+        found = [labels for labels in prometheus.firing() if labels["instance"] == name]
+        return found if {labels["alertname"] for labels in found} >= ON_A_WIRE else []
+
+    found = until(fired, 60, "both fire", pause=0.5)
+    assert [labels["alertname"] for labels in found if unfilled(labels)] == []
+    print(f"with the cable out, and a stranger found before: {sorted(each['alertname'] for each in found)}")
