@@ -6,6 +6,7 @@ because gRPC does not survive a fork. The master only holds the socket and the l
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -33,7 +34,7 @@ from ipam_plugin.claims import Claims, Stock
 from ipam_plugin.config import Config
 from ipam_plugin.dockerd import Dockerd
 from ipam_plugin.embedded_etcd import EmbeddedEtcd
-from ipam_plugin.errors import ConfigError, NotServing, ProbeFailed
+from ipam_plugin.errors import ConfigError, IpamError, NotServing, ProbeFailed
 from ipam_plugin.etcd import Etcd, EtcdSettings, Event, KeyValue
 from ipam_plugin.holds import Holds
 from ipam_plugin.host import Presence, StateDir, host_name
@@ -57,6 +58,7 @@ log = logging.getLogger(__name__)
 SYSTEMD_SOCKET = 3  # the first file descriptor that systemd passes (sd_listen_fds(3))
 READY_AT_LATEST = 90.0  # seconds; dockerd waits for this unit, and must start also when etcd is away
 KERNEL_PATIENCE = 5.0  # seconds; the kernel may hold its lock for so long while it takes down a large namespace
+ETCD_SIZE_AGAIN = 30.0  # seconds between two looks at the size of etcd's database
 ANSWER_MARGIN = 0.5  # seconds of the deadline that are left for the answer's way back
 
 
@@ -233,13 +235,19 @@ class Daemon:
             alarms=self._presence.alarm_counts,
             probes=lambda: dict(self._neighbourhood.results),
             standby=self._stock.counts,
+            standby_goal=self._keeper.goals,
+            pools=lambda: self._view.tallies(name),
+            hosts=self._view.host_counts,
             conflicts=lambda: self._claims.conflicts,
             unproven=lambda: self._claims.unproven,
             wires=self._neighbourhood.states,
             outage=self._outage,
+            watch_connected=lambda: self._etcd.watch_connected,
+            etcd_refused=lambda: dict(self._etcd.refused),
             docker_looks=lambda: dict(self._reconciler.looks) if self._reconciler else {},
             reconciled=lambda: dict(self._reconciler.results) if self._reconciler else {},
         )
+        self._etcd.on_answer = self._metrics.etcd_answer
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
         self._watcher: interfaces.Watcher | None = None
@@ -293,7 +301,11 @@ class Daemon:
         self._run("ready", self._report_ready)
         self._watcher = interfaces.Watcher(self._interfaces_changed)
         self._watcher.start()
-        self._stop_metrics = self._metrics.listen(self._config.metrics.listen)
+        self._run("etcd's size", self._ask_etcd_size)
+        self._stop_metrics = self._metrics.listen(
+            self._config.metrics.listen,
+            lambda: self._presence.why_not_serving or self._restoration.why_not_giving,
+        )
 
     def stopping(self) -> None:
         """No request is taken any more; those that are here are answered within their deadline, before `stop`."""
@@ -388,6 +400,13 @@ class Daemon:
             self._view.apply(changes, revision)
 
         self._etcd.watch(self._keys.prefix, reset, events, self._stop)
+
+    def _ask_etcd_size(self) -> None:
+        while not self._stop.is_set():
+            with contextlib.suppress(IpamError):  # that etcd is away, others notice and tell
+                status = self._etcd.status(deadline=time.monotonic() + 2)
+                self._metrics.etcd_database.set(status.db_size)
+            self._stop.wait(ETCD_SIZE_AGAIN)
 
     def _report_ready(self) -> None:
         """Tell systemd, once requests are served, at most after READY_AT_LATEST.

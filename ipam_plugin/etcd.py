@@ -11,6 +11,7 @@ Nothing is opened before the first call, because gRPC does not survive os.fork()
 workers makes its first call in the worker.
 """
 
+import collections
 import enum
 import logging
 import os
@@ -34,6 +35,14 @@ PAGE = 16_384  # keys; each page costs etcd 3.4 a walk over all the keys that re
 _PAUSE = (0.05, 0.5)  # seconds between rounds over all members: the first, the longest
 _WATCH_PAUSE = (0.1, 2.0)
 _DELETE = 1  # mvccpb.Event.EventType, which etcd3 does not re-export
+_KINDS = {  # of calls, for `on_answer`
+    "txn": "read",
+    "range": "read",
+    "grant": "ttl",
+    "keep_alive": "ttl",
+    "revoke": "ttl",
+    "status": "status",
+}
 _TICK = 0.2  # seconds; how soon a watch notices `stop`
 
 _CHANNEL_OPTIONS = [
@@ -222,6 +231,9 @@ class Etcd:
         self._watches = 0
         self._watches_connected = 0
         self.transactions = 0  # transactions sent by `commit`, repeated tries included
+        self.refused: collections.Counter[str] = collections.Counter()  # calls that etcd refused, by gRPC's code
+        # Told of every answer: read, write, ttl or status, and the seconds since it was asked, all tries together.
+        self.on_answer: Callable[[str, float], None] = lambda call, seconds: None
 
     @property
     def watch_connected(self) -> bool:
@@ -395,11 +407,13 @@ class Etcd:
                     reply = _interruptible(call, request, timeout, _metadata(token), stop)
                 if rpc in _LINEARIZABLE:
                     self._saw(Position(reply.header.cluster_id, reply.header.revision), latest)
+                self.on_answer("write" if write else _KINDS[rpc], time.monotonic() - start)
                 return _Reply(reply, uncertain, member.endpoint)
             except grpc.RpcError as error:
                 code, reason = error.code(), _sentence(error)
                 outcome = fate(code, error.details() or "")
                 if outcome is Fate.REFUSED or (outcome is Fate.LOGIN and self._settings.username is None):
+                    self.refused[code.name.lower()] += 1
                     if uncertain:
                         raise OutcomeUnknown(f"etcd refused to repeat what may have been written: {reason}") from error
                     raise EtcdRefused(f"etcd refused ({member.endpoint}): {reason}") from error

@@ -376,6 +376,12 @@ class Presence:
     def is_serving(self) -> bool:
         return self._serving
 
+    @property
+    def why_not_serving(self) -> str:
+        """The sentence, '' while requests are served."""
+        with self._condition:
+            return "" if self._serving else self._reason
+
     def alarm(self, kind: str, text: str) -> None:
         """Tell an operator: in the log, in hosts/HOST and in the metrics. The same text is told again after a while."""
         if self._alarms.tell(kind, text):

@@ -157,6 +157,12 @@ class Restoration:
             raise EtcdRestored(self._why)
 
     @property
+    def why_not_giving(self) -> str:
+        """The sentence, '' while addresses are given."""
+        with self._condition:
+            return "" if self._open else self._why
+
+    @property
     def is_waiting(self) -> bool:
         """Whether what stands in etcd is older than what is true."""
         return not self._open and (self._noticed > self._written or self._stands not in (None, "", self._done))

@@ -255,6 +255,10 @@ class Keeper:
             self._fills[pool.id] = now, fill
         return usual if fill <= FULL_ENOUGH else 0
 
+    def goals(self) -> dict[str, int]:
+        """How many addresses of each pool should be ready, by PoolID, for metrics."""
+        return {pool.id: self._goal(pool) for pool in self._pools}
+
     def _tend(self, pool: Pool) -> None:
         if self._claims.etcd_is_away:
             # What is there must last, and must stay fresh.

@@ -1037,26 +1037,52 @@ class View:
         self._forbidden[pool.id] = (version, forbidden)
         return forbidden
 
-    def counts(self, pool: Pool) -> str:
-        """How the pool's addresses are used, by kind, for a sentence."""
+    def tally(self, pool: Pool) -> dict[str, int]:
+        """How many addresses of the pool's range are of each kind; together they are all of them.
+
+        Besides the kinds of leases: `unreadable`, `by_hand` (taken by a key that spells the address in another way),
+        `excluded` (never given, for any reason, and no lease either) and `free`.
+        """
         where = pool.candidates
         with self._changed:
             family = self._segment(pool.segment).families[where.version]
-            forbidden = self._forbidden_in(pool)
-            parts = [
-                f"{count} {kind}"
+            found = {
+                kind: family.kinds.get(kind, AddressSet()).count(where.first, where.last)
                 for kind in (*KINDS, UNREADABLE)
-                if (count := family.kinds.get(kind, AddressSet()).count(where.first, where.last))
-            ]
-            by_hand = sum(
+            }
+            found["by_hand"] = sum(
                 where.first <= number <= where.last and number not in family.entries for number in family.aliases
             )
-            if by_hand:
-                parts.append(f"{by_hand} by a key that spells the address in another way")
-            excluded = sum(last - first + 1 - family.taken.count(first, last) for first, last in forbidden)
-            if excluded:
-                parts.append(f"{excluded} excluded or a host's own")
-            return f"{where.size()} addresses: {', '.join(parts) or 'all free'}"
+            found["excluded"] = sum(
+                last - first + 1 - family.taken.count(first, last) for first, last in self._forbidden_in(pool)
+            )
+        found["free"] = max(0, where.size()) - sum(found.values())
+        return found
+
+    def counts(self, pool: Pool) -> str:
+        """How the pool's addresses are used, by kind, for a sentence."""
+        words = {
+            "by_hand": "by a key that spells the address in another way",
+            "excluded": "excluded or a host's own",
+        }
+        parts = [
+            f"{count} {words.get(kind, kind)}" for kind, count in self.tally(pool).items() if count and kind != "free"
+        ]
+        return f"{pool.candidates.size()} addresses: {', '.join(parts) or 'all free'}"
+
+    def tallies(self, host: str) -> dict[str, dict[str, int]]:
+        """The same of each pool that a host uses, by PoolID, for metrics."""
+        found = {}
+        for pool_id in self.pools_of(host):
+            with contextlib.suppress(Refused):
+                found[pool_id] = self.tally(Pool.parse(pool_id))
+        return found
+
+    def host_counts(self) -> dict[str, int]:
+        """How many registered hosts have a heartbeat, and how many have none, for metrics."""
+        with self._changed:
+            alive = sum(name in self._alive for name in self._hosts)
+            return {"alive": alive, "absent": len(self._hosts) - alive}
 
     def use(self, segment: str) -> dict[str, int]:
         """How many leases of each kind a segment has, for metrics."""

@@ -240,6 +240,26 @@ def test_transactions_are_counted(subject: Subject) -> None:
     assert subject.client.transactions == before + 2
 
 
+@pytest.mark.etcd
+def test_answers_and_refusals_are_told(etcd: RealEtcd) -> None:
+    """What the metrics say of etcd: each answer by its kind and how long it took, and what was refused by its code."""
+    told: list[str] = []
+    client = etcd.client
+    client.on_answer = lambda call, seconds: told.append(call) if 0 < seconds < 60 else None
+    key = f"{etcd.prefix}a"
+    client.commit({key: 0}, [Put(key, b"1")], deadline=soon())
+    client.get(key, deadline=soon())
+    client.get_many([key], deadline=soon())
+    client.keep_alive(client.grant_ttl(60, deadline=soon()), deadline=soon())
+    client.status(deadline=soon())
+    assert told == ["write", "read", "read", "ttl", "ttl", "status"]
+    for _ in range(2):
+        with pytest.raises(EtcdRefused):
+            client.commit({}, [Put(key, b"1"), Put(key, b"2")], deadline=soon())
+    assert client.refused == {"invalid_argument": 2}
+    assert len(told) == 6
+
+
 # ---- reads
 
 

@@ -382,6 +382,9 @@ class ViewOfRegister(RuleBasedStateMachine):
         size, parts = full.counts.split(" addresses: ")
         assert int(size) == where.size()
         assert sum(map(int, re.findall(r"(\d+) ", parts))) == len(gone)
+        tally = self.view.tally(pool)
+        assert tally["free"] == where.size() - len(gone)
+        assert sum(tally.values()) == where.size()
         self.look_at_standby(pool, set(range(where.first, where.last + 1)))
         aliases = {number for number in self.taken(pool) if self.typed_otherwise(pool, number)}
         for number in range(where.first, where.last + 1):
