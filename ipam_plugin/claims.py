@@ -276,7 +276,7 @@ class Claims:
         self.unproven = 0  # handed out although the look proved nothing
         self.on_shortage: Callable[[], None] = lambda: None  # a request waits for standby
         # Whether etcd is back from a backup, and what stands there as standby may be another host's container's by now.
-        self.is_waiting: Callable[[], bool] = lambda: False
+        self.is_restoring: Callable[[], bool] = lambda: False
 
     @property
     def etcd_is_away(self) -> bool:
@@ -741,7 +741,7 @@ class Claims:
             self._ledger.write("standby", {key: found.revision}, [back], deadline)
             return None
         pool = self._pool_to_keep(lease.pool, segment, address)
-        if pool is None or self.is_waiting():
+        if pool is None or self.is_restoring():
             self._ledger.write("standby", {key: found.revision}, [Delete(key)], deadline)
             return None
         claim = self._ledger.claim(pool, address)

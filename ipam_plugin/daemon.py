@@ -285,7 +285,7 @@ class Daemon:
         self._etcd.on_went_back = self._restoration.went_back
         self._view.on_restored = self._restoration.learned
         self._ledger.may_give = self._restoration.check
-        self._claims.is_waiting = lambda: self._restoration.is_waiting
+        self._claims.is_restoring = self._holds.is_restoring = lambda: self._restoration.is_restoring
         if self._embedded is not None:
             self._embedded.start()
         self._run("watch", self._watch)

@@ -159,6 +159,16 @@ class Position(NamedTuple):
         return self.cluster_id != other.cluster_id or self.revision < other.revision
 
 
+class _Place(NamedTuple):
+    """Where a watch is: everything up to this moment has been handed on, `last` at the end (None: there was nothing).
+
+    A cluster that went back, and has come further than this since, is known by what it says of `last`.
+    """
+
+    at: Position
+    last: Event | None
+
+
 class Fate(enum.Enum):
     """What an error says about the request that got it."""
 
@@ -443,16 +453,20 @@ class Etcd:
             with self._going_back:  # whoever finds it too waits here until it was told
                 before = self._latest or latest
                 if now.is_behind(before):
-                    with self._lock:
-                        self._latest = now
-                        self.epoch += 1
-                    self.on_went_back(before, now, self.epoch)
-            return
+                    self._tell_went_back(before, now)
         with self._lock:
             if self._latest is None or (
                 now.cluster_id == self._latest.cluster_id and now.revision > self._latest.revision
             ):
                 self._latest = now
+
+    def _tell_went_back(self, before: Position, now: Position) -> None:
+        """With `_going_back` taken. The new position counts only when all is told: until then everybody who is shown it
+        waits for that too."""
+        self.epoch += 1
+        self.on_went_back(before, now, self.epoch)
+        with self._lock:
+            self._latest = now
 
     def _leave(self, position: int) -> None:
         """Use the next member, unless another thread has left this one already: a late failure is only its own."""
@@ -484,7 +498,7 @@ class Etcd:
         of one transaction come together. It is also called with no events and a newer revision on etcd's own progress
         notification (about every 10 minutes). Both are called in this thread.
         """
-        at: Position | None = None
+        place: _Place | None = None
         epoch = self.epoch
         failures = 0
         with self._lock:
@@ -493,20 +507,21 @@ class Etcd:
             while not stop.is_set() and not self._closed:
                 began = time.monotonic()
                 try:
-                    if at is None or epoch != self.epoch:
+                    if place is None or epoch != self.epoch:
                         epoch = self.epoch
                         found, position = self._list(prefix, began + 60, stop=stop)
                         if epoch != self.epoch:
                             continue  # it went back while it was listed
                         on_reset(found, position.revision, epoch)
-                        at = position
+                        newest = max(found, key=lambda kv: kv.revision, default=None)
+                        place = _Place(position, Event(newest.key, newest.value, newest.revision) if newest else None)
                         del found  # a stream may last for months, and this be the largest thing in memory
-                    at, reason = self._follow(prefix, at, epoch, on_events, stop)
+                    place, reason = self._follow(prefix, place, epoch, on_events, stop)
                 except (EtcdUnavailable, EtcdRefused) as error:
                     reason = str(error)
                 except Exception:
                     log.exception("watching %s failed; listing it again", prefix)
-                    at, reason = None, "failed"
+                    place, reason = None, "failed"
                 failures = 1 if time.monotonic() - began > _WATCH_PAUSE[1] else failures + 1
                 if not stop.is_set():
                     log.log(logging.WARNING if failures == 1 else logging.DEBUG, "watching %s: %s", prefix, reason)
@@ -518,12 +533,16 @@ class Etcd:
     def _follow(
         self,
         prefix: str,
-        at: Position,
+        place: _Place,
         epoch: int,
         on_events: Callable[[Events, int], None],
         stop: threading.Event,
-    ) -> tuple[Position | None, str]:
-        """One stream to the current member, until it ends: where we are (None: list anew), and why it ended."""
+    ) -> tuple[_Place | None, str]:
+        """One stream to the current member, until it ends: where we are (None: list anew), and why it ended.
+
+        It begins with the event that came last, to see that this is still the same history.
+        """
+        at, expected = place.at, place.last
         position = self._current
         member = self._members[position]
         give_up = time.monotonic() + self._settings.timeout
@@ -538,7 +557,10 @@ class Etcd:
             start, end = _range(prefix)
             yield pb.WatchRequest(
                 create_request=pb.WatchCreateRequest(
-                    key=start, range_end=end, start_revision=at.revision + 1, progress_notify=True
+                    key=start,
+                    range_end=end,
+                    start_revision=place.last.revision if place.last else at.revision + 1,
+                    progress_notify=True,
                 )
             )
             while not ended.wait(_TICK):
@@ -558,26 +580,40 @@ class Etcd:
                         return None, "what it missed was compacted; listing it again"
                     # An expired token is reported as created, canceled and "permission denied" (etcd 3.4).
                     member.forget(token)
-                    return at, reply.cancel_reason or "canceled by etcd"
+                    return place, reply.cancel_reason or "canceled by etcd"
                 if reply.created:
-                    if reply.header.cluster_id != at.cluster_id or reply.header.revision < at.revision:
-                        return None, "another cluster, or its revision went back; listing it again"
+                    if Position(reply.header.cluster_id, reply.header.revision).is_behind(at):
+                        # Only a member that lags behind, or another etcd: a linearizable answer tells (see _saw).
+                        self.get(prefix, deadline=time.monotonic() + 2 * self._settings.timeout)
+                        return place, "it is behind what was heard already"
                     created.set()
                     with self._lock:
                         self._watches_connected += 1
                     continue
                 # Every message carries whole revisions (fragments were not asked for); one without events is a
                 # progress notification, and etcd sends those only to a watch that has got everything before.
-                revision = reply.events[-1].kv.mod_revision if reply.events else reply.header.revision
-                on_events([_event(event) for event in reply.events], revision)
+                events = [_event(event) for event in reply.events]
+                if expected is not None and events:
+                    if expected not in events:
+                        with self._going_back:
+                            if epoch == self.epoch:
+                                self._tell_went_back(at, Position(reply.header.cluster_id, reply.header.revision))
+                        return None, "another history; listing it again"
+                    expected = None
+                    events = [event for event in events if event.revision > at.revision]
+                    if not events:
+                        continue
+                revision = events[-1].revision if events else reply.header.revision
+                on_events(events, revision)
                 at = at._replace(revision=revision)
-            return at, f"{member.endpoint} ended it"
+                place = _Place(at, events[-1] if events else place.last)
+            return place, f"{member.endpoint} ended it"
         except grpc.RpcError as error:
             if fate(error.code(), error.details() or "") is Fate.LOGIN:
                 member.forget(token)
             elif not stop.is_set():
                 self._leave(position)
-            return at, f"{member.endpoint}: {_sentence(error)}"
+            return place, f"{member.endpoint}: {_sentence(error)}"
         finally:
             ended.set()
             if stream is not None:

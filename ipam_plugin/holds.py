@@ -50,6 +50,7 @@ class Holds:
         self._host = host
         self._is_waiting = is_waiting
         self._now = now
+        self.is_restoring: Callable[[], bool] = lambda: False  # etcd is back from a backup
         self._wake = threading.Event()
         self._lock = threading.Lock()  # for the next
         self._unclaimed: dict[tuple[str, Address, str], Unclaimed] = {}  # segment, address and token of the hold
@@ -73,6 +74,10 @@ class Holds:
         over = [each for each in held if (parse_time(each.lease.until) or 0.0) <= now]
         for each in over:
             self._end(each, "hold ended")
+        if self.is_restoring():
+            over = held
+            for each in held:
+                self._end(each, "etcd was restored, and may not know who has it by now")
         self._make_room([each for each in held if each not in over])
 
     def _make_room(self, held: list[Held]) -> None:

@@ -324,7 +324,7 @@ class Presence:
         self._kept_name = state.read("host")
         self._me = _this_process(name, state.token())
         self._kept_boot = state.read("boot")
-        self._first_of_boot = self._kept_boot != self._me.boot_id
+        self._first_of_boot = self._kept_boot not in ("", self._me.boot_id)
         self._boot_wait = BootWait(request_limit, boot_wait, over=self._kept_boot == self._me.boot_id)
         self._joined = ""
         self._alarms = Alarms()
@@ -369,7 +369,7 @@ class Presence:
 
     @property
     def is_first_of_boot(self) -> bool:
-        """Whether no daemon has served this host since it was booted."""
+        """Whether one served this host before it was booted, and none since."""
         return self._first_of_boot
 
     @property

@@ -392,6 +392,10 @@ class Ledger:
         log.warning("%s may stand in etcd though nobody has it; it is taken back as soon as that can be done", key)
         self._orphans.put((key, Entry("", self._host, claim.token, 0)))
 
+    def forget_abandoned(self) -> None:
+        """etcd went back: nothing of before can appear there any more, and what stands there again is not abandoned."""
+        self._abandoned.clear()
+
     def _saw_lease(self, key: str, entry: Entry) -> None:
         if entry.token in self._abandoned:
             self._orphans.put((key, entry))

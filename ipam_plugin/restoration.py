@@ -11,6 +11,7 @@ finds by the answer to his own write that etcd went back hands nothing out (ledg
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import secrets
@@ -90,7 +91,8 @@ def unanswered(token: str, hosts: Mapping[str, str]) -> list[str]:
 class Restoration:
     """Whether this host may give addresses. One thread runs it; the other methods may be called from any thread.
 
-    `nothing_runs`: this is the first daemon since the machine was booted, so no container can have an address yet.
+    `nothing_runs`: the machine has just been booted, and dockerd starts after the daemon, so no container can have an
+    address before this one gives it.
     `alarm(kind, text)` tells an operator, `changed` has the host's record written anew.
     """
 
@@ -130,6 +132,7 @@ class Restoration:
         self._known: Restored | None = None  # the same, for comparison with what comes after it
         self._waits_for = ""  # the token for which it is
         self._since = math.inf  # since when, monotonic seconds
+        self._alone = False  # no other host is waited for
         self._expected: set[str] = set()  # hosts that lived before, whatever the backup knows
         self._compared = -math.inf  # when the last look began after which every container had its lease
         self._answered = ""
@@ -163,7 +166,7 @@ class Restoration:
             return "" if self._open else self._why
 
     @property
-    def is_waiting(self) -> bool:
+    def is_restoring(self) -> bool:
         """Whether what stands in etcd is older than what is true."""
         return not self._open and (self._noticed > self._written or self._stands not in (None, "", self._done))
 
@@ -174,11 +177,13 @@ class Restoration:
 
     def went_back(self, before: Position, now: Position, epoch: int) -> None:
         """etcd.on_went_back: nothing is given from here on."""
-        lived = self._view.hosts_present()
         with self._condition:
             self._noticed = epoch
-            self._expected.update(lived)
             self._keep_back()
+        self._ledger.forget_abandoned()
+        lived = self._view.hosts_present()
+        with self._condition:
+            self._expected.update(lived)
         self._alarm("etcd_went_back", _told(before, now))
         self._wake.set()
 
@@ -209,6 +214,8 @@ class Restoration:
                 log.info("whether etcd was restored is not settled: %s", error)
             self._wake.wait(PERIOD if self._open else TICK)
             self._wake.clear()
+        with contextlib.suppress(OSError):
+            self._keep()
 
     def close(self) -> None:
         self._wake.set()
@@ -228,12 +235,12 @@ class Restoration:
             token = restored.token if restored else ""
             if self._noticed > self._written or self._stands != token:
                 return  # it changes just now
-            if token in ("", self._done) or (self._done is None and self._is_over(restored, hosts)):
+            if token in ("", self._done):
                 self._give(restored)
-            else:
-                late, missing = self._await(token, hosts)
-                if late or (not missing and time.monotonic() >= self._since + SETTLING):
-                    log.warning("addresses are given again")
+            elif restored is not None:
+                late, missing = self._await(restored, hosts)
+                if late or not missing:
+                    log.warning("etcd was restored, and addresses are given again")
                     self._give(restored)
         if late and missing:
             self._alarm(
@@ -243,17 +250,25 @@ class Restoration:
                 " wire. Run ipam-plugin check on each; where docker.reconcile is off, restart dockerd there",
             )
 
-    def _await(self, token: str, hosts: Mapping[str, str]) -> tuple[bool, list[str]]:
+    def _await(self, restored: Restored, hosts: Mapping[str, str]) -> tuple[bool, list[str]]:
         """Whether it was waited long enough, and for whom it is waited."""
-        now = time.monotonic()
+        token, now = restored.token, time.monotonic()
         if self._waits_for != token:
-            log.warning("etcd was restored: no address is given yet")
-            self._waits_for, self._since = token, now
+            # Where the others have waited already, all that they have is in etcd: only this host's own is not.
+            age = time.time() - (parse_time(restored.since) or math.inf)
+            self._waits_for, self._since, self._alone = token, now, age > WAIT
+            if hosts.get(self._host) == token:
+                self._answered = token  # an earlier run's word
         late = now >= self._since + WAIT
         if self._answered != token and (self._nothing_runs or self._compared > self._since or late):
             self._answered = token
             self._changed()
-        missing = unanswered(token, {**dict.fromkeys(self._expected, ""), **hosts})
+        if self._alone:
+            missing = unanswered(token, {self._host: self._answered})
+        else:
+            missing = unanswered(token, {**dict.fromkeys(self._expected, ""), **hosts})
+            if not missing and now < self._since + SETTLING:
+                missing = ["hosts that have not connected again"]
         self._why = (
             "etcd was restored from a backup: no address is given until it knows again what is in use,"
             f" {max(1, math.ceil(self._since + WAIT - now))} s at most"
@@ -262,18 +277,14 @@ class Restoration:
         )
         return late, missing
 
-    def _is_over(self, restored: Restored | None, hosts: Mapping[str, str]) -> bool:
-        """For a daemon that starts: an earlier run has answered, and the time in which hosts wait is over."""
-        since = parse_time(restored.since) if restored else None
-        answered = restored is not None and hosts.get(self._host) == restored.token
-        return answered and since is not None and time.time() > since + WAIT
-
     def _keep_back(self) -> None:
         self._open = False
         self._why = "etcd was restored from a backup, and what is in use is not known yet; try again in a minute"
 
     def _give(self, restored: Restored | None) -> None:
-        self._open, self._done, self._known = True, restored.token if restored else "", restored
+        self._open, self._done = True, restored.token if restored else ""
+        self._known = restored or self._known  # whoever deletes it does not make an older one news
+        self._nothing_runs = False
         self._expected.clear()
         self._condition.notify_all()
 
@@ -307,10 +318,11 @@ class Restoration:
 
 
 def _told(before: Position, now: Position) -> str:
-    if before.cluster_id == now.cluster_id:
-        then, there = f"revision {before.revision}", f"{now.revision}"
-    else:
+    then, there = f"revision {before.revision}", f"{now.revision}"
+    if before.cluster_id != now.cluster_id:
         then, there = (f"revision {each.revision} of cluster {each.cluster_id:x}" for each in (before, now))
+    elif not now.is_behind(before):
+        there = f"an earlier one, and has come to revision {now.revision} since"
     return (
         f"etcd went back from {then} to {there} (a backup was restored, or its data are gone): no address is given"
         f" until the hosts have written again what their containers have, {WAIT:.0f} s at most. Run ipam-plugin check"

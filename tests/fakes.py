@@ -219,7 +219,7 @@ class FakeEtcd:
         stop: threading.Event,
     ) -> None:
         at: int | None = None
-        generation = -1
+        generation = (-1, -1)
         with self._changed:
             self._watches += 1
         try:
@@ -228,9 +228,11 @@ class FakeEtcd:
                 events: Events = []
                 with self._changed:
                     if not self.down:
-                        if at is None or generation != self._generation or at < self._compacted:
+                        now = (self._generation, self.epoch)
+                        if at is None or generation != now or at < self._compacted:
                             self._saw()
-                            reset, at, generation = self._listing(prefix), self._revision, self._generation
+                            reset, at = self._listing(prefix), self._revision
+                            generation = (self._generation, self.epoch)
                         else:
                             events = self._next_transaction(prefix, at)
                     if reset is None and not events:
@@ -264,9 +266,9 @@ class FakeEtcd:
         if before is None or not now.is_behind(before):
             self.latest = now
             return
-        self.latest = now
         self.epoch += 1
         self.on_went_back(before, now, self.epoch)
+        self.latest = now
 
     def _listing(self, prefix: str, keys_only: bool = False) -> KeyValues:
         found = sorted(

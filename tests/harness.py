@@ -439,7 +439,8 @@ class Host:
             FakeState(self.state),
             nothing_runs=nothing_runs,
             alarm=lambda kind, text: self.alarms.append((kind, text)),
-            changed=self._write_record,
+            # Whoever says so has taken a lock that the fake's callback takes too.
+            changed=lambda: threading.Thread(target=self._write_record, daemon=True).start(),
         )
         seen = restoration.seen()
         if seen is not None:
@@ -453,11 +454,12 @@ class Host:
         self.etcd.on_went_back = went_back
         self.view.on_restored = restoration.learned
         self.ledger.may_give = restoration.check
-        self.claims.is_waiting = lambda: restoration.is_waiting
+        self.claims.is_restoring = self.holds.is_restoring = lambda: restoration.is_restoring
         self.reconciler.on_compared = restoration.compared
         self.restoration = restoration
         self._write_record()
-        restoration.learned("")
+        there = self.view.restored()[1]
+        restoration.learned(there.token if there else "")
         self._threads.append(
             threading.Thread(target=restoration.run, args=(self._stop,), name=f"restoration of {self.name}")
         )

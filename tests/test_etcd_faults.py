@@ -424,6 +424,57 @@ def test_that_etcd_went_back_is_told_before_the_answer(own_etcd: EtcdCluster, to
 
 
 @pytest.mark.etcd
+@pytest.mark.parametrize("lost", [1, 3, 10])
+def test_a_history_that_has_overtaken_the_old_one_is_told_from_it(own_etcd: EtcdCluster, lost: int) -> None:
+    """By its revisions alone etcd is newer than ever, when others were faster: but what the watch heard last is not
+    what stands there."""
+    (member,) = own_etcd.members
+    with contextlib.closing(Etcd(own_etcd.settings())) as client, contextlib.closing(Mirror(client, "/b/")) as mirror:
+        told: list[int] = []
+        client.on_went_back = lambda before, now, epoch: told.append(epoch)
+        until(lambda: client.watch_connected, "the watch is connected")
+        client.commit({}, [Put("/b/kept", b"1")], deadline=soon())
+        backup = own_etcd.save()
+        for number in range(lost):
+            client.commit({}, [Put("/b/lost", b"%d" % number)], deadline=soon())
+        until(lambda: mirror.keys.get("/b/lost") == b"%d" % (lost - 1), "the watch has it")
+        member.kill()
+        own_etcd.restore(backup)
+        new = {f"/b/new{number}": b"1" for number in range(lost + 5)}
+        with contextlib.closing(Etcd(own_etcd.settings())) as other:
+            for key, value in new.items():
+                other.commit({}, [Put(key, value)], deadline=soon(30))
+        until(lambda: mirror.keys == {"/b/kept": b"1", **new}, "listed anew", 20)
+        assert told == [1]
+
+
+def test_an_answer_of_another_life_waits_until_that_was_told() -> None:
+    """Also that of a question which was sent after the first of them had come."""
+    with contextlib.closing(Etcd(EtcdSettings(("127.0.0.1:1",)))) as client:
+        client.expect(Position(1, 100))
+        telling, told, heard = threading.Event(), threading.Event(), threading.Event()
+
+        def tell(*_: object) -> None:
+            telling.set()
+            assert told.wait(10)
+
+        client.on_went_back = tell
+        first = threading.Thread(target=client._saw, args=(Position(1, 50), Position(1, 100)))
+        first.start()
+        assert telling.wait(10)
+        latest = client.latest
+        later = threading.Thread(target=lambda: (client._saw(Position(1, 51), latest), heard.set()))
+        later.start()
+        assert not heard.wait(0.3)
+        told.set()
+        assert heard.wait(10)
+        for each in (first, later):
+            each.join(10)
+        assert client.latest == Position(1, 51)
+        assert client.epoch == 1
+
+
+@pytest.mark.etcd
 def test_what_an_earlier_process_saw_counts(own_etcd: EtcdCluster) -> None:
     with contextlib.closing(Etcd(own_etcd.settings())) as client:
         client.commit({}, [Put("/b/a", b"1")], deadline=soon())

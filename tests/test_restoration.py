@@ -12,12 +12,13 @@ from fakes import Fault
 from harness import KEYS, NOT_ASKED, SUBNET, FakeLan, Host, Lan, bridge, until
 from ipam_plugin.addresses import parse_address
 from ipam_plugin.etcd import Position
-from ipam_plugin.model import ENDPOINT, STANDBY, Lease, Restored, decode, encode
+from ipam_plugin.model import ENDPOINT, HELD, STANDBY, Lease, Pool, Restored, decode, encode
 from ipam_plugin.model import Host as Record
 from ipam_plugin.neighbourhood import Habits
 from ipam_plugin.restoration import Seen, is_news, read_seen, unanswered, write_seen
 
 TINY = "192.168.1.96/29"  # 8 addresses
+MAC = "02:42:00:00:00:77"
 words = st.text("abcXYZ09_-:.", min_size=1, max_size=20)
 
 
@@ -26,6 +27,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ipam_plugin.reconcile.SOON", 0.01)
     monkeypatch.setattr("ipam_plugin.reconcile.PERIOD", 0.02)
     monkeypatch.setattr("ipam_plugin.evidence.SETTLED", 0.0)
+    monkeypatch.setattr("ipam_plugin.holds.PERIOD", 0.01)
     monkeypatch.setattr("ipam_plugin.restoration.SETTLING", 0.1)
     monkeypatch.setattr("ipam_plugin.restoration.TICK", 0.01)
     monkeypatch.setattr("ipam_plugin.restoration.PERIOD", 0.05)
@@ -196,11 +198,10 @@ def test_a_daemon_that_was_down_at_the_time_notices_when_it_starts() -> None:
 def test_after_a_boot_nothing_has_to_be_compared() -> None:
     """dockerd starts after the daemon, and asks for addresses before it can be asked what it has."""
     with Lan() as lan:
-        a, pool = host(lan, "a", 11)
-        backup = lan.etcd.snapshot()
-        lan.put("/elsewhere", "x")
+        ahead = write_seen(Seen(Position(lan.etcd.cluster_id, 1000)))
+        a, pool = host(lan, "a", 11, state={"etcd": ahead})
+        lan.etcd.latest = None
         a.guard(nothing_runs=True)
-        lan.etcd.restore(backup)
         assert a.endpoint(pool).status == 200
         assert KEYS.restored in lan.under("")
 
@@ -233,6 +234,105 @@ def runs_at(lan: Lan, of: Host, pool: str, address: str) -> bool:
     assert lease is not None
     of.engine.start("web", address, lease.mac)
     return True
+
+
+def test_a_daemon_that_was_there_since_boot_has_to_compare_too() -> None:
+    """Weeks later containers run. Until it has looked, what they have is given to nobody."""
+    with Lan() as lan:
+        a, pool = host(lan, "a", 11)
+        b, _ = host(lan, "b", 12)
+        a.guard(nothing_runs=True)
+        b.guard()
+        backup = lan.etcd.snapshot()
+        mine = runs(lan, a, pool)
+        b.reconcile()
+        lan.etcd.restore(backup)
+        until(lambda: b.view.restored()[1] is not None, "it has been noticed")
+        assert not b.restoration.answered == a.restoration.answered != ""  # type: ignore[union-attr]
+        a.reconcile()
+        assert mine not in all_free(b, pool)
+
+
+def test_a_deleted_marker_does_not_make_an_older_one_news() -> None:
+    """The backup has the marker of the time before, and what the hosts answered to that."""
+    with Lan() as lan:
+        a, pool = host(lan, "a", 11)
+        b, _ = host(lan, "b", 12)
+        for each in (a, b):
+            each.guard()
+            each.reconcile()
+        empty = lan.etcd.snapshot()
+        runs(lan, a, pool, "one")
+        lan.etcd.restore(empty)
+        until(lambda: b.endpoint(pool).status == 200, "addresses are given again")
+        first = decode(lan.keys()[KEYS.restored], Restored)
+        backup = lan.etcd.snapshot()
+        lan.delete(KEYS.restored)
+        until(lambda: a.endpoint(pool).status == 200, "a gives")
+        lan.etcd.restore(backup)
+        until(lambda: decode(lan.keys()[KEYS.restored], Restored) != first, "this time is told from that one")
+        until(lambda: b.endpoint(pool).status == 200, "addresses are given again")
+
+
+def test_a_token_that_was_freed_lately_may_stand_there_again() -> None:
+    """What this host freed within the hour is taken back where it appears, but not what a backup brings back: by its
+    address it is a running container's."""
+    with Lan() as lan:
+        a, pool = host(lan, "a", 11)
+        a.guard()
+        mine = runs(lan, a, pool, "one")
+        backup = lan.etcd.snapshot()
+        a.engine.vanish("one")
+        assert a.release(pool, mine).status == 200
+        runs(lan, a, pool, "two", mine)
+        lan.etcd.restore(backup)
+        until(lambda: a.view.restored()[1] is not None, "it has been noticed")
+        a.free_orphans()
+        a.ledger.abandon("another", a.ledger.claim(Pool.parse(pool), parse_address("192.168.1.98")))
+        until(lambda: a.ledger._orphans.empty(), "the orphans were looked through")
+        assert lan.lease(mine) is not None
+        a.reconcile()
+        two = a.engine.attachments[-1].mac
+        until(lambda: lan.lease(mine) is not None and lan.lease(mine).mac == two, "it is the other container's")  # type: ignore[union-attr]
+
+
+def test_holds_of_the_backup_end() -> None:
+    """What was kept an hour ago for a stopped container may be somebody's who runs."""
+    with Lan() as lan:
+        a, pool = host(lan, "a", 11)
+        b, _ = host(lan, "b", 12)
+        mine = "192.168.1.99"
+        key = KEYS.lease("default", parse_address(mine))
+        times = {"since": "2026-01-01T00:00:00Z", "until": "2099-01-01T00:00:00Z"}
+        lan.put(key, encode(Lease(kind=HELD, host="b", pool=pool, token="old", mac=MAC, known=True, **times)))
+        backup = lan.etcd.snapshot()
+        lan.delete(key)
+        for each in (a, b):
+            each.guard()
+        until(lambda: runs_at(lan, a, pool, mine), "a container has it")
+        for each in (a, b):
+            each.reconcile()
+            each.tend_holds()
+        lan.etcd.restore(backup)
+        until(lambda: b.endpoint(pool).status == 200, "addresses are given again")
+        until(lambda: lan.lease(mine) is not None and lan.lease(mine).host == "a", "it is a's again")  # type: ignore[union-attr]
+        assert b.endpoint(pool, mine).status != 200
+
+
+def test_a_new_host_does_not_wait_for_a_time_that_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Months after a restoration, in which other hosts were off."""
+    monkeypatch.setattr("ipam_plugin.restoration.SETTLING", 3600.0)
+    monkeypatch.setattr("ipam_plugin.restoration.WAIT", 3600.0)
+    with Lan() as lan:
+        lan.put(KEYS.restored, encode(Restored(token="long ago", since="2020-01-01T00:00:00Z", by="x")))
+        lan.put(KEYS.host("x"), encode(Record(host="x")))
+        a, pool = host(lan, "a", 11, time_limit=1.0)
+        until(lambda: a.view.loaded.is_set(), "it has read etcd")
+        a.guard()
+        assert "etcd was restored" in a.endpoint(pool).error  # its own containers may not be known
+        a.reconcile()
+        until(lambda: a.endpoint(pool).status == 200, "it has compared")
+        assert [kind for kind, _ in a.alarms] == []
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 2**63 - 1), st.none() | st.tuples(words, words))
