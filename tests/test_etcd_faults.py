@@ -393,7 +393,7 @@ os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 @pytest.mark.etcd
 @pytest.mark.parametrize("token", ["", "another"], ids=["the same cluster", "another cluster"])
 def test_that_etcd_went_back_is_told_before_the_answer(own_etcd: EtcdCluster, token: str) -> None:
-    """By the first answer that shows it, also to one who only reads; and a watch lists everything anew."""
+    """By the first answer that shows it, once; and a watch lists everything anew."""
     (member,) = own_etcd.members
     with contextlib.closing(Etcd(own_etcd.settings())) as client, contextlib.closing(Mirror(client, "/b/")) as mirror:
         told: list[tuple[Position, Position, int]] = []
@@ -409,7 +409,6 @@ def test_that_etcd_went_back_is_told_before_the_answer(own_etcd: EtcdCluster, to
         assert latest.revision >= done.revision
         member.kill()
         own_etcd.restore(backup, token)
-        assert told == []
         client.commit({}, [Put("/b/new", b"1")], deadline=soon(30))
         [(before, now, epoch)] = told
         assert before == latest
