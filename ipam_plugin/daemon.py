@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
 import os
 import socket
@@ -25,10 +26,9 @@ import gunicorn.arbiter
 import gunicorn.glogging
 import gunicorn.util
 import gunicorn.workers.gthread
-import msgspec
 
 from ipam_plugin import __version__, interfaces
-from ipam_plugin.addresses import Address, parse_address, parse_range
+from ipam_plugin.addresses import Address, parse_address, parse_range, printable
 from ipam_plugin.app import SPARE_THREADS, WAITING, create_app
 from ipam_plugin.claims import Claims, Stock
 from ipam_plugin.config import Config
@@ -619,6 +619,17 @@ class _Logger(gunicorn.glogging.Logger):  # type: ignore[misc]  # gunicorn ships
         self.access_log.handlers = []
 
 
+class _Text(logging.Formatter):
+    """One line for what was said, whatever of it stands in etcd; a traceback follows, each of its lines indented."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join(f"  {printable(line)}" for line in super().formatException(ei).split("\n"))
+
+
 class _Json(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         told = {
@@ -629,7 +640,7 @@ class _Json(logging.Formatter):
         }
         if record.exc_info:
             told["exception"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(told).decode()
+        return json.dumps(told)  # escapes all that is not plain ASCII, also what is no character at all
 
 
 def _log_to_stderr(config: Config) -> None:
@@ -637,7 +648,7 @@ def _log_to_stderr(config: Config) -> None:
     if config.log.format == "json":
         handler.setFormatter(_Json())
     else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        handler.setFormatter(_Text("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=config.log.level.upper(), handlers=[handler], force=True)
 
 

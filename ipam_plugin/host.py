@@ -606,7 +606,7 @@ def _first_line(path: str) -> str:
 def _started(pid: int) -> str:
     """The start time of a process in clock ticks since boot (proc(5), field 22), or ''."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return ""
 

@@ -28,7 +28,9 @@ from tests.lab.node import ROOT, Node, ServiceEnded, children, running
 
 CACHE = Path(os.environ.get("IPAM_TEST_CACHE") or "/var/cache/ipam-plugin-tests")
 SUITE, PYTHON = "bookworm", (3, 11)
-PACKAGES = "systemd-sysv,dbus,python3-venv,iproute2,iputils-ping,etcd-server,etcd-client,docker.io"
+PACKAGES = (
+    "systemd-sysv,dbus,python3-venv,iproute2,iputils-ping,etcd-server,etcd-client,docker.io,openssl,openssh-server"
+)
 
 WHEELS = "/opt/wheels"
 """Where a machine finds the wheels; its pip asks nobody else."""

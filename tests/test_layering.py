@@ -30,7 +30,7 @@ ALLOWED = {
     "etcd3_import": set(),
     "etcd": {"errors", "etcd3_import"},
     "config": {"addresses", "errors"},
-    "metrics": set(),
+    "metrics": {"addresses"},
     "embedded_etcd": {"errors"},
     "install": {"errors"},
     "ledger": {"addresses", "decisions", "errors", "etcd", "model", "view"},
