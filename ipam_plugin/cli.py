@@ -797,6 +797,8 @@ def check_config(inherited: str | None, config_path: str | None, file: str | Non
     path = file or config_path or inherited
     config = load(path)
     installing.check_readable({"the file": str(find(path)), **config.etcd.files()})
+    if exposed := config.etcd.exposed():
+        raise ConfigError("\n".join(exposed))
     click.echo(f"{path or 'the configuration'} is good")
 
 

@@ -433,6 +433,8 @@ class Daemon:
 def serve(config: Config, *, embedded_etcd: bool = False) -> None:
     """Run the daemon until a signal ends it. Raises ConfigError before anything has started."""
     _log_to_stderr(config)
+    for exposed in config.etcd.exposed():
+        log.warning("%s", exposed)
     state = StateDir(config.state_dir)
     state.lock()
     name, warning = host_name(config.host, socket.gethostname(), state.read("host"))
