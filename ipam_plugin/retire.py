@@ -558,8 +558,8 @@ class Retirer:
         if lost is None:
             self._alarm(
                 "record_unreadable",
-                f"the etcd key {key} tells what host {self._host} lost while it was away, and cannot be read: look at its"
-                " containers' addresses with ipam-plugin check, then delete that key",
+                f"the etcd key {key} tells what host {self._host} lost while it was away, and cannot be read: look at"
+                " its containers' addresses with ipam-plugin check, then delete that key",
             )
             return
         if lost.leases:

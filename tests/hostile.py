@@ -146,6 +146,13 @@ def _value(hint: Any, text: str, number: int) -> Any:
     return record(hint, text, number)
 
 
+def own_leases(host: str) -> Iterator[bytes]:
+    """Readable leases of this very host, hostile in all else: what its daemon takes for its own work."""
+    for text in texts():
+        for kind in KINDS:
+            yield json.dumps({**record(model.Lease, text), "kind": kind, "host": host}, ensure_ascii=False).encode()
+
+
 def values(family: str) -> Iterator[bytes]:
     """Every value to be put under a family of keys."""
     yield from WHOLE.values()

@@ -24,16 +24,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
+import harness
 import hostile
 import properties
 from conftest import RealEtcd
 from daemons import COMMAND, ROOT, DaemonProcess
 from etcd_server import EtcdCluster, until
+from harness import Lan, bridge
 from ipam_plugin import cli
 from ipam_plugin import etcd as etcd_module
-from ipam_plugin.addresses import Range
+from ipam_plugin.addresses import Range, address_of
 from ipam_plugin.daemon import _Json, _Text
-from ipam_plugin.etcd import Etcd, Put
+from ipam_plugin.etcd import Etcd, Position, Put
+from ipam_plugin.host import Alarms
 from ipam_plugin.model import (
     ENDPOINT,
     HELD,
@@ -156,6 +159,42 @@ def test_what_is_wrong_is_said_in_one_short_line() -> None:
             assert said == "" or said.isprintable()
             assert len(said) <= 200
         assert read_lease(value).told().isprintable()
+
+
+def test_an_alarm_is_one_line() -> None:
+    """It quotes what stands in etcd, and goes to the log, into the record of the host and to everybody who asks."""
+    alarms = Alarms()
+    for text in hostile.TEXTS.values():
+        alarms.tell("kind", f"{text} {'x' * hostile.HUGE}")
+    assert alarms.shown()
+    assert all(text.isprintable() and len(text) <= 1000 for text in alarms.shown())
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_leases_under_its_own_name(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a daemon takes for its own standby, holds and containers ends none of its threads, and it still serves."""
+    monkeypatch.setattr("ipam_plugin.reconcile.SOON", 0.01)
+    monkeypatch.setattr("ipam_plugin.reconcile.PERIOD", 0.02)
+    monkeypatch.setattr("ipam_plugin.evidence.SETTLED", 0.0)
+    with Lan() as lan:
+        a = lan.host("a", bridge("192.168.1.11/16"))
+        pool = a.create("192.168.0.0/16")
+        a.engine.create("lan", ("192.168.0.0/16", ""))
+        for family, made in (("leases", hostile.own_leases("a")), ("history", hostile.values("history"))):
+            for number, value in enumerate(made, 0xC0A80200):
+                key = f"{harness.KEYS.prefix}{family}/default/{address_of(4, number)}"
+                lan.etcd.commit({}, [Put(key, value)], deadline=soon())
+        a.catch_up()
+        a.ahead = 1e9  # all holds are over
+        for start in (a.keep, a.tend_holds, a.reconcile, a.retire, a.carry_out, a.free_orphans):
+            start()
+        a.engine.start("web", a.run(pool))
+        for number in range(0xC0A80200, 0xC0A80300, 3):
+            a.engine.start(f"c{number}", str(address_of(4, number)), "02:00:00:00:00:07")
+        looks = a.engine.looks
+        harness.until(lambda: a.engine.looks > looks + 20, "looks at dockerd")
+        assert a.release(pool, a.run(pool)).ok == {}
+    assert [each for each in caplog.records if each.exc_info] == []
 
 
 # --- a real etcd that is full of it ----------------------------------------------------------------------------
@@ -368,7 +407,7 @@ def test_more_than_fits_into_one_message(etcd: RealEtcd, monkeypatch: pytest.Mon
         for key in keys:
             client.commit({}, [Put(key, b"x" * 1_000_000)], deadline=soon())
         assert [each.key for each in client.list(etcd.prefix, deadline=soon())[0]] == keys
-        behind = etcd_module._Position(before.cluster_id, before.revision)
-        at, why = client._follow(etcd.prefix, behind, lambda events, revision: None, threading.Event())
+        behind = Position(before.cluster_id, before.revision)
+        at, why = client._follow(etcd.prefix, behind, client.epoch, lambda events, revision: None, threading.Event())
         assert at is None
         assert "listing it again" in why
