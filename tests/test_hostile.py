@@ -44,11 +44,15 @@ from ipam_plugin.model import (
     STANDBY,
     Container,
     History,
+    Host,
     Keys,
     Lease,
+    Order,
+    Part,
     Pool,
     SegmentSettings,
     decode,
+    encode,
     read_lease,
     remembered,
     segment_and_taken,
@@ -194,6 +198,32 @@ def test_leases_under_its_own_name(caplog: pytest.LogCaptureFixture, monkeypatch
         looks = a.engine.looks
         harness.until(lambda: a.engine.looks > looks + 20, "looks at dockerd")
         assert a.release(pool, a.run(pool)).ok == {}
+    assert [each for each in caplog.records if each.exc_info] == []
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_host_with_such_leases_is_retired(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a living one, to the end; a reservation stays, also one that names a host (P2)."""
+    monkeypatch.setattr("ipam_plugin.retire.WITHOUT_WIRE", 0.0)
+    keys = harness.KEYS
+    with Lan() as lan:
+        a = lan.host("a", bridge("192.168.1.11/16"))
+        a.create("192.168.0.0/16")
+        for number, value in enumerate(hostile.own_leases("b"), 0xC0A80200):
+            lan.etcd.commit({}, [Put(keys.lease("default", address_of(4, number)), value)], deadline=soon())
+        record = json.dumps(hostile.record(Host, "\x1b", -1)).encode()
+        lan.etcd.commit({}, [Put(keys.host("b"), record)], deadline=soon())
+        order = Order("b", "ann", "now", "token", force=True)
+        ttl = lan.etcd.grant_ttl(100, deadline=soon())
+        lan.etcd.commit({}, [Put(keys.retire("b"), encode(order), ttl)], deadline=soon())
+        a.catch_up()
+        a.retire()
+        ended = keys.retire_part("b", "end")
+        harness.until(lambda: (end := lan.etcd.get(ended, deadline=soon())) and decode(end.value, Part).done, "the end")
+        a.catch_up()
+        left = {kind: count for kind, count in a.view.use("default").items() if count}
+        assert set(left) == {"host", "reserved", "conflict"}
+        assert left["host"] == 1
     assert [each for each in caplog.records if each.exc_info] == []
 
 
