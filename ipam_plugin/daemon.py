@@ -72,7 +72,7 @@ def etcd_of(config: Config) -> Etcd:
             cert=told.cert,
             key=told.key,
             username=told.username,
-            password=told.password(),
+            password=told.password if told.username else None,
             timeout=told.timeout,
         )
     )

@@ -68,7 +68,8 @@ class EtcdSettings:
     """Where etcd is and who we are. `timeout` is seconds per try, not per call.
 
     Endpoints: `host:port`, `http://host:port` or `https://host:port`; IPv6 in brackets. Without a scheme, TLS is
-    used where a CA or a client certificate is given. Files are PEM. Raises ConfigError.
+    used where a CA or a client certificate is given. Files are PEM. `password`: the word, or what reads it anew before
+    each login (and may raise ConfigError). Raises ConfigError.
     """
 
     endpoints: tuple[str, ...]
@@ -76,7 +77,7 @@ class EtcdSettings:
     cert: str | None = None
     key: str | None = None
     username: str | None = None
-    password: str | None = field(default=None, repr=False)
+    password: str | Callable[[], str | None] | None = field(default=None, repr=False)
     timeout: float = 2.0
 
     def __post_init__(self) -> None:
@@ -715,10 +716,15 @@ class _Member:
     def _log_in(self, timeout: float) -> None:
         # One login for all threads: each costs etcd 0.1 s of CPU (bcrypt).
         if not self._login.acquire(timeout=timeout):
-            raise _NoLogin
+            raise _NoLogin("no login within the time limit")
         try:
             if self._token is None:
-                request = pb.AuthenticateRequest(name=self._settings.username, password=self._settings.password)
+                told = self._settings.password
+                try:
+                    password = told() if callable(told) else told
+                except ConfigError as error:
+                    raise _NoLogin(str(error)) from error
+                request = pb.AuthenticateRequest(name=self._settings.username, password=password)
                 try:
                     self._token = self._calls["login"](request, timeout=timeout).token
                 except grpc.RpcError as error:
@@ -743,13 +749,13 @@ class _ReplyTooLarge(Exception):
 
 
 class _NoLogin(grpc.RpcError):  # type: ignore[misc]
-    """Another thread's login to this member has not ended in time; nothing was sent."""
+    """There is no login to this member yet, for the reason given; nothing was sent."""
 
     def code(self) -> Any:
         return grpc.StatusCode.UNAVAILABLE
 
     def details(self) -> str:
-        return "no login within the time limit"
+        return str(self)
 
 
 def _target(endpoint: str, path: str) -> tuple[str, str]:

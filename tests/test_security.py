@@ -42,30 +42,27 @@ def soon(seconds: float = 10.0) -> float:
 
 
 def type_readme(cluster: EtcdCluster, heading: str, password: str = PASSWORD) -> None:
-    """README's lines for etcdctl about users, roles and authentication, as root of this etcd."""
+    """README's lines for etcdctl about users, roles and authentication."""
+    wanted = [each for each in lines() if each.heading == heading]
+    typed = [each.command for each in wanted if re.match("etcdctl (user|role|auth) ", each.command)]
+    assert typed
+    for command in typed:
+        type_as_root(cluster, command.replace(PASSWORD, password))
+
+
+def type_as_root(cluster: EtcdCluster, command: str) -> None:
+    """In a shell whose etcdctl is root of this etcd, as on README's host1."""
     told = cluster.settings()
-    assert told.ca_cert is not None
-    assert told.cert is not None
-    assert told.key is not None
     shell = {
         "PATH": os.environ["PATH"],
         "ETCDCTL_API": "3",
         "ETCDCTL_ENDPOINTS": ",".join(cluster.endpoints),
-        "ETCDCTL_CACERT": told.ca_cert,
-        "ETCDCTL_CERT": told.cert,
-        "ETCDCTL_KEY": told.key,
+        "ETCDCTL_CACERT": str(told.ca_cert),
+        "ETCDCTL_CERT": str(told.cert),
+        "ETCDCTL_KEY": str(told.key),
     }
-    typed = [
-        each.command
-        for each in lines()
-        if each.heading == heading and re.match("etcdctl (user|role|auth) ", each.command)
-    ]
-    assert typed
-    for command in typed:
-        done = subprocess.run(
-            ["bash", "-c", command.replace(PASSWORD, password)], env=shell, capture_output=True, text=True, timeout=30
-        )
-        assert done.returncode == 0, (command, done.stderr)
+    done = subprocess.run(["bash", "-c", command], env=shell, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, (command, done.stderr)
 
 
 @contextlib.contextmanager
@@ -134,32 +131,29 @@ def test_the_rights_of_the_recipe_suffice_and_are_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.etcd
-@pytest.mark.parametrize("token", ["simple", "jwt"])
-def test_a_login_that_has_ended_is_noticed_by_nobody(token: str, tmp_path: Path) -> None:
-    """A user with a password: no request, watch or heartbeat fails when its token has expired, or etcd forgot it."""
-    arguments: list[str] = []
-    if token == "jwt":
-        pem = tmp_path / "jwt.pem"
-        for made in (["genrsa", "-out", str(pem), "2048"], ["rsa", "-in", str(pem), "-pubout", "-out", f"{pem}.pub"]):
-            subprocess.run(["openssl", *made], check=True, capture_output=True, timeout=30)
-        arguments = ["--auth-token", f"jwt,pub-key={pem}.pub,priv-key={pem},sign-method=RS256,ttl=2s"]
+def test_a_login_that_has_ended_is_noticed_by_nobody(tmp_path: Path) -> None:
+    """A user with a password: no request, watch or heartbeat fails when its token has expired, and another password is
+    read without a restart.
+
+    With JWT, whose end is not put off by its use, as that of etcd's simple tokens is (tests/test_etcd_faults.py).
+    """
+    pem = tmp_path / "jwt.pem"
+    for made in (["genrsa", "-out", str(pem), "2048"], ["rsa", "-in", str(pem), "-pubout", "-out", f"{pem}.pub"]):
+        subprocess.run(["openssl", *made], check=True, capture_output=True, timeout=30)
+    jwt = f"jwt,pub-key={pem}.pub,priv-key={pem},sign-method=RS256,ttl=2s"
     password = tmp_path / "password"
     password.write_text("correct-horse\n")
-    with secured(*arguments) as (cluster, _):
+    with secured("--auth-token", jwt) as (cluster, _):
         type_readme(cluster, "Keep it secure", str(password))
         login = told(cluster.settings(common_name="host"), username="docker-hosts", password_file=str(password))
-        daemon = DaemonProcess(tmp_path / "a", cluster.endpoints, host="a", prefix=PREFIX, etcd=login, metrics=True)
+        daemon = DaemonProcess(
+            tmp_path / "a", cluster.endpoints, host="a", prefix=PREFIX, etcd=login, metrics=True, deadline="4s"
+        )
         with daemon:
             daemon.wait_answering()
             works(daemon)
-            if token == "jwt":
-                end = time.monotonic() + 5  # two lives of a token, which is not renewed by being used
-                while time.monotonic() < end:
-                    works(daemon)
-            else:
-                cluster.members[0].kill()
-                cluster.members[0].start()
-                cluster.wait_ready()
+            end = time.monotonic() + 5  # more than two lives of a token
+            while time.monotonic() < end:
                 works(daemon)
             done = run("reserve", "198.18.0.9", config=daemon.config_file)
             assert done.returncode == 0, done.stderr
@@ -167,6 +161,15 @@ def test_a_login_that_has_ended_is_noticed_by_nobody(token: str, tmp_path: Path)
             until(lambda: daemon.metric('ipam_plugin_leases{kind="reserved",segment="default"}') == 1, "it is seen")
             assert daemon.request_address(pool, address="198.18.0.9").status == 409
             assert daemon.metric("ipam_plugin_serving") == 1
+            # Another password: etcd ends the logins of that user, and the daemon reads the file again.
+            other = tmp_path / "other"
+            other.write_text("battery-staple\n")
+            type_as_root(cluster, f"etcdctl user passwd docker-hosts --interactive=false <{other}")
+            os.rename(password, tmp_path / "old")
+            assert f"etcd.password_file: {password}: No such file" in daemon.request_pool("198.18.1.0/24").error
+            os.rename(other, password)
+            until(lambda: daemon.request_pool("198.18.1.0/24").ok, "it has logged in")
+            works(daemon)
 
 
 @pytest.mark.etcd
@@ -323,7 +326,7 @@ def test_secrets_are_nowhere_to_be_read(tmp_path: Path) -> None:
             cluster.etcdctl("user", "grant-role", "docker-hosts", "ipam-plugin")
             until(lambda: daemon.request_pool(SUBNET).ok, "it has its rights again")
             member.kill()
-            look("etcd did not", "leases")
+            look("etcd did not")
             member.start()
             cluster.wait_ready()
             Path(settings.key).write_text(key.replace("A", "B").replace("Q", "R"))
