@@ -35,7 +35,7 @@ from ipam_plugin import cli
 from ipam_plugin import etcd as etcd_module
 from ipam_plugin.addresses import Range, address_of
 from ipam_plugin.daemon import _Json, _Text
-from ipam_plugin.etcd import Etcd, Position, Put
+from ipam_plugin.etcd import Etcd, KeyValue, Put
 from ipam_plugin.host import Alarms
 from ipam_plugin.model import (
     ENDPOINT,
@@ -432,12 +432,22 @@ def test_more_than_fits_into_one_message(etcd: RealEtcd, monkeypatch: pytest.Mon
     assert etcd_module._CHANNEL_OPTIONS[0][0] == smaller[0][0]
     monkeypatch.setattr(etcd_module, "_CHANNEL_OPTIONS", smaller)
     keys = [f"{etcd.prefix}{number}" for number in range(8)]
-    before = etcd.client.status(deadline=soon())
+    listed: list[list[str]] = []
+    stop = threading.Event()
+
+    def on_reset(found: list[KeyValue], revision: int, epoch: int) -> None:
+        listed.append([each.key for each in found])
+        if len(listed) == 1:  # before the stream begins, so all of it comes at once
+            for key in keys:
+                etcd.client.commit({}, [Put(key, b"x" * 1_000_000)], deadline=soon())
+
     with contextlib.closing(Etcd(etcd.settings)) as client:
-        for key in keys:
-            client.commit({}, [Put(key, b"x" * 1_000_000)], deadline=soon())
+        watch = threading.Thread(target=client.watch, args=(etcd.prefix, on_reset, lambda events, revision: None, stop))
+        watch.start()
+        try:
+            until(lambda: listed[-1:] == [keys], "all of it was listed")
+            until(lambda: client.watch_connected, "the watch goes on")
+        finally:
+            stop.set()
+            watch.join(10)
         assert [each.key for each in client.list(etcd.prefix, deadline=soon())[0]] == keys
-        behind = Position(before.cluster_id, before.revision)
-        at, why = client._follow(etcd.prefix, behind, client.epoch, lambda events, revision: None, threading.Event())
-        assert at is None
-        assert "listing it again" in why
