@@ -100,6 +100,13 @@ def shown(text: str) -> str:
     return repr(text if len(text) <= 80 else text[:77] + "...")
 
 
+def printable(text: str) -> str:
+    """The text on one line, without what could steer a terminal or forge a line of a log, `?` in its place: what stands
+    in etcd may be anybody's.
+    """
+    return text if text.isprintable() else "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def parse_range(text: str) -> Range:
     """An address, `FIRST-LAST` or a CIDR. Raises ValueError with a sentence."""
     text = text.strip()

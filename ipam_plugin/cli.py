@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import getpass
+import io
 import json
 import os
 import socket
@@ -28,6 +29,7 @@ from rich.text import Text
 from ipam_plugin import __version__
 from ipam_plugin import check as checking
 from ipam_plugin.addresses import Address, Network, Range, parse_address, parse_network, parse_range
+from ipam_plugin.addresses import printable as _clean
 from ipam_plugin.check import Difference, World
 from ipam_plugin.config import Config, find, load
 from ipam_plugin.errors import ConfigError, DockerUnavailable, IpamError, ProbeFailed, Refused
@@ -795,6 +797,8 @@ def check_config(inherited: str | None, config_path: str | None, file: str | Non
     path = file or config_path or inherited
     config = load(path)
     installing.check_readable({"the file": str(find(path)), **config.etcd.files()})
+    if exposed := config.etcd.exposed():
+        raise ConfigError("\n".join(exposed))
     click.echo(f"{path or 'the configuration'} is good")
 
 
@@ -876,13 +880,11 @@ def _json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2))
 
 
-def _clean(text: str) -> str:
-    """Without what could steer a terminal: values in etcd may be anybody's."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
-
-
 def main() -> None:
     """The entry point."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal of Latin letters alone still shows what it can
+            stream.reconfigure(errors="backslashreplace")
     try:
         cli.main(prog_name="ipam-plugin", standalone_mode=False)
     except click.exceptions.Abort:

@@ -26,14 +26,12 @@ from ipam_plugin.etcd import Commit, Delete, KeyValue, Put
 from ipam_plugin.model import (
     ENDPOINT,
     HELD,
-    History,
     Keys,
     Lease,
     Pool,
-    decode,
     encode,
     read_lease,
-    remember,
+    remembered,
     rfc3339,
 )
 from ipam_plugin.view import Entry, Full, Settings, View
@@ -268,16 +266,17 @@ class Ledger:
         deadline: float,
         retired: bool = False,
     ) -> Commit:
-        history = remember(_history(past), lease, why, datetime.datetime.now(datetime.UTC), retired)
-        past_key = self._keys.past(*place)
-        return self.write(
-            "free",
-            {current.key: current.revision, past_key: past.revision if past else 0, **unchanged},
-            # In this order the view knows that the address rests before it sees it free.
-            [Put(past_key, encode(history)), *writes],
-            deadline,
-            proof=current.key if isinstance(writes[0], Put) else None,
-        )
+        expect = {current.key: current.revision, **unchanged}
+        told: list[Put] = []
+        now = datetime.datetime.now(datetime.UTC)
+        history = remembered(past.value if past else None, lease, why, now, retired)
+        if history is not None:
+            past_key = self._keys.past(*place)
+            expect[past_key] = past.revision if past else 0
+            told.append(Put(past_key, history))
+        # In this order the view knows that the address rests before it sees it free.
+        proof = current.key if isinstance(writes[0], Put) else None
+        return self.write("free", expect, [*told, *writes], deadline, proof=proof)
 
     def write(
         self,
@@ -446,13 +445,6 @@ class Ledger:
 def _in_an_hour() -> float:
     """Much longer than a paused etcd leader holds a transaction: ten seconds were seen."""
     return time.monotonic() + 3600
-
-
-def _history(past: KeyValue | None) -> History:
-    try:
-        return decode(past.value, History) if past else History()
-    except ValueError:
-        return History()
 
 
 def timestamp() -> str:

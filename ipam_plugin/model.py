@@ -24,6 +24,7 @@ from ipam_plugin.addresses import (
     parse_address,
     parse_network,
     parse_range,
+    printable,
     range_of,
     shown,
     usable_range,
@@ -42,6 +43,8 @@ CONFLICT = "conflict"  # a machine that is none of ours answered for it
 STANDBY = "standby"  # claimed and probed in advance, given to nobody yet
 HELD = "held"  # kept for a container that stopped
 UNREADABLE = "unreadable"  # never written: how a value that this program cannot read is shown; taken all the same
+
+LONGEST_HOLD = 30 * 86400.0  # seconds, in the configuration too
 
 KINDS = (ENDPOINT, HOST, ROUTER, RESERVED, CONFLICT, STANDBY, HELD)
 
@@ -218,7 +221,8 @@ def _interface(name: str) -> str:
 
 def _hold(text: str) -> str:
     try:
-        parse_duration(text)
+        if parse_duration(text) > LONGEST_HOLD:
+            raise ValueError(f"{shown(text)} is longer than 30d")
     except ValueError as error:
         raise BadRequest(f"--ipam-opt hold: {error}") from None
     return text.strip()
@@ -475,17 +479,36 @@ HISTORY_LENGTH = 5  # holders remembered for one address
 
 def remember(history: History, lease: Lease, why: str, now: datetime.datetime, retired: bool = False) -> History:
     """The history with one more holder in it, the oldest forgotten."""
+    container = lease.container
+    if container is not None:
+        container = Container(*(_short(getattr(container, name)) for name in container.__struct_fields__))
     ended = Tenancy(
         kind=lease.kind,
-        host=lease.host,
-        mac=lease.mac,
-        container=lease.container,
-        since=lease.since,
+        host=_short(lease.host),
+        mac=_short(lease.mac),
+        container=container,
+        since=_short(lease.since),
         until=rfc3339(now),
         why=why,
         retired=retired,
     )
     return History(past=(ended, *history.past)[:HISTORY_LENGTH])
+
+
+def remembered(
+    past: bytes | None, lease: Lease, why: str, now: datetime.datetime, retired: bool = False
+) -> bytes | None:
+    """The value of a history key with one more holder in it. None: what stands there cannot be read, and stays."""
+    try:
+        known = decode(past, History) if past is not None else History()
+    except ValueError:
+        return None
+    return encode(remember(known, lease, why, now, retired))
+
+
+def _short(text: str) -> str:
+    """Five records of a lease with a text as large as etcd takes would be more than it takes: no release would work."""
+    return text if len(text) <= 300 else text[:299] + "…"
 
 
 def rfc3339(moment: datetime.datetime) -> str:
@@ -516,12 +539,12 @@ def encode(value: msgspec.Struct) -> bytes:
 
 
 def decode(value: bytes, kind: type[T]) -> T:
-    """Raises ValueError with one line when the value is not what it should be."""
+    """Raises ValueError with one short line, fit for a terminal, when the value is not what it should be."""
     try:
         decoded: T = _decoder(kind).decode(value)
         return decoded
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{error}") from None
+        raise ValueError(printable(str(error))[:200]) from None  # it quotes names that stand in the value
 
 
 _decoders: dict[type, Any] = {}
@@ -542,9 +565,8 @@ def read_lease(value: bytes) -> Lease:
         reason = f"kind {shown(lease.kind)} is unknown"
     except ValueError as error:
         reason = str(error)
-    start = value[:60].decode("utf-8", "replace")
-    printable = "".join(letter if letter.isprintable() else "?" for letter in start)
-    return Lease(kind=UNREADABLE, note=f"{printable!r} ({reason[:120]})")
+    start = printable(value[:60].decode("utf-8", "replace"))
+    return Lease(kind=UNREADABLE, note=f"{start!r} ({reason[:120]})")
 
 
 # ----------------------------------------------------------------------------------------------- keys

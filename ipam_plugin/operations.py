@@ -40,7 +40,7 @@ from ipam_plugin.model import (
     decode,
     encode,
     read_lease,
-    remember,
+    remembered,
     rfc3339,
     segment_and_taken,
 )
@@ -308,10 +308,7 @@ class Operations:
             assert not isinstance(taken, Range)
             past_key = self._keys.past(segment, taken)
             found, _ = self._etcd.get_many([past_key], deadline=_deadline())
-            known = found[past_key]
-            expect[past_key] = known.revision if known else 0
-            past = _read(known.value if known else None, History) or History()
-            writes.append(Put(past_key, encode(remember(past, repair.ended, why, datetime.datetime.now(datetime.UTC)))))
+            self._remember(found[past_key], past_key, repair.ended, why, expect, writes)
         return self._commit(expect, writes, proof=repair.key if value is not None else None)
 
     def reserve(self, what: Range, segment: str, note: str) -> list[Found]:
@@ -400,15 +397,10 @@ class Operations:
                 )
             past_key = self._keys.past(segment, address)
             past, _ = self._etcd.get_many([past_key], deadline=_deadline())
-            known = past[past_key]
-            history = remember(
-                _read(known.value if known else None, History) or History(),
-                lease,
-                f"released by {self._who}",
-                datetime.datetime.now(datetime.UTC),
-            )
-            expect = {found.key: found.revision, past_key: known.revision if known else 0}
-            if self._commit(expect, [Delete(found.key), Put(past_key, encode(history))]):
+            expect = {found.key: found.revision}
+            writes: list[Put | Delete] = [Delete(found.key)]
+            self._remember(past[past_key], past_key, lease, f"released by {self._who}", expect, writes)
+            if self._commit(expect, writes):
                 return lease
         raise AssertionError("unreachable")
 
@@ -523,6 +515,21 @@ class Operations:
             found, _ = self._etcd.get_many([key], deadline=_deadline())
             current = found[key]
             yield self._found(current) if current else None
+
+    def _remember(
+        self,
+        past: KeyValue | None,
+        key: str,
+        ended: Lease,
+        why: str,
+        expect: dict[str, int],
+        writes: list[Put | Delete],
+    ) -> None:
+        """Have the transaction write down whose the address was, unless what stands there cannot be read."""
+        history = remembered(past.value if past else None, ended, why, datetime.datetime.now(datetime.UTC))
+        if history is not None:
+            expect[key] = past.revision if past else 0
+            writes.append(Put(key, history))
 
     def _found(self, each: KeyValue) -> Found | None:
         try:

@@ -30,7 +30,7 @@ ALLOWED = {
     "etcd3_import": set(),
     "etcd": {"errors", "etcd3_import"},
     "config": {"addresses", "errors"},
-    "metrics": set(),
+    "metrics": {"addresses"},
     "embedded_etcd": {"errors"},
     "install": {"errors"},
     "ledger": {"addresses", "decisions", "errors", "etcd", "model", "view"},
@@ -52,7 +52,7 @@ ALLOWED = {
     "retirement": {"decisions", "model"},
     "retire": {"addresses", "errors", "etcd", "ledger", "model", "neighbourhood", "retirement", "view"},
     "operations": {"addresses", "check", "errors", "etcd", "model"},
-    "host": {"errors", "etcd", "interfaces", "model", "register", "view"},
+    "host": {"addresses", "errors", "etcd", "interfaces", "model", "register", "view"},
     "app": {"errors", "metrics", "model", "protocol"},
     "daemon": {
         "addresses", "app", "claims", "config", "dockerd", "embedded_etcd", "errors", "etcd", "holds", "host",
