@@ -4,13 +4,14 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: help venv run demo test bench lint lock audit clean
+.PHONY: help venv run demo test bench screenshots lint lock audit clean
 
 help:
 	@echo "make run    the daemon with an etcd of its own, for the Docker Engine of this machine"
 	@echo "make demo   a LAN of three Docker hosts on this machine, in namespaces that vanish afterwards"
 	@echo "make test   every test"
 	@echo "make bench  the numbers in docs/benchmarks.md"
+	@echo "make screenshots  the pictures of the page in docs/screenshots"
 	@echo "make lint   style and types"
 	@echo "make lock   renew requirements.lock: the newest releases that pyproject.toml allows, with their hashes"
 	@echo "make audit  ask PyPI for known holes in what requirements.lock names"
@@ -34,11 +35,18 @@ demo: venv
 
 test: venv
 	.ci/tools lab
+	.ci/tools browser
 	$(RUN)/python -m pytest
 
 bench: venv
 	.ci/tools lab
+	.ci/tools browser
 	$(RUN)/python -m tests.bench
+
+screenshots: venv
+	.ci/tools run
+	.ci/tools browser
+	$(RUN)/python -m tests.screenshots
 
 lint: venv
 	$(RUN)/ruff check .

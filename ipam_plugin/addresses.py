@@ -196,6 +196,17 @@ class AddressSet:
             return self._lasts[place] + 1
         return start
 
+    def next_present(self, start: int) -> int | None:
+        """The lowest number >= start that is in the set."""
+        place = bisect_left(self._lasts, start)
+        return max(start, self._firsts[place]) if place < len(self._lasts) else None
+
+    def within(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """The runs from `first` to `last`, those at the ends cut off there."""
+        low = bisect_left(self._lasts, first)
+        high = bisect_right(self._firsts, last)
+        return ((max(self._firsts[i], first), min(self._lasts[i], last)) for i in range(low, high))
+
     def count(self, first: int, last: int) -> int:
         """How many addresses from `first` to `last` are in the set."""
         low = bisect_left(self._lasts, first)

@@ -88,6 +88,13 @@ def _segment_name(ctx: click.Context, param: click.Parameter, value: str | None)
     return value
 
 
+def _listen_address(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    host, _, port = value.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536 or (":" in host and not host.startswith("[")):
+        raise click.BadParameter("expected ADDRESS:PORT, IPv6 as [ADDRESS]:PORT")
+    return value
+
+
 config_option = click.option(
     "--config", "config_path", metavar="FILE", help="Configuration [/etc/ipam-plugin/config.yaml]"
 )
@@ -784,6 +791,25 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@cli.command()
+@click.option("--listen", default="127.0.0.1:9180", show_default=True, metavar="ADDRESS:PORT", callback=_listen_address)
+@click.option("--name", "names", multiple=True, metavar="NAME", help="Browsers may ask for the page by this name, too.")
+@config_option
+@click.pass_obj
+def web(inherited: str | None, config_path: str | None, listen: str, names: tuple[str, ...]) -> None:
+    """Serve a page that shows the register in the browser, until a signal comes. It reads only.
+
+    Whoever reaches it may read it; on another address than this machine's own it belongs behind a proxy that asks who
+    comes.
+    """
+    from ipam_plugin import daemon
+    from ipam_plugin import web as page
+
+    config = _load(config_path or inherited)
+    daemon.log_to_stderr(config)
+    page.serve(daemon.etcd_of(config), Keys(config.prefix), listen, names)
 
 
 @cli.command("check-config")

@@ -432,7 +432,7 @@ class Daemon:
 
 def serve(config: Config, *, embedded_etcd: bool = False) -> None:
     """Run the daemon until a signal ends it. Raises ConfigError before anything has started."""
-    _log_to_stderr(config)
+    log_to_stderr(config)
     for exposed in config.etcd.exposed():
         log.warning("%s", exposed)
     state = StateDir(config.state_dir)
@@ -645,7 +645,8 @@ class _Json(logging.Formatter):
         return json.dumps(told)  # escapes all that is not plain ASCII, also what is no character at all
 
 
-def _log_to_stderr(config: Config) -> None:
+def log_to_stderr(config: Config) -> None:
+    """As the configuration says: text or JSON, from which level on."""
     handler = logging.StreamHandler()
     if config.log.format == "json":
         handler.setFormatter(_Json())

@@ -11,7 +11,7 @@ import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 
@@ -43,6 +43,8 @@ CONFLICT = "conflict"  # a machine that is none of ours answered for it
 STANDBY = "standby"  # claimed and probed in advance, given to nobody yet
 HELD = "held"  # kept for a container that stopped
 UNREADABLE = "unreadable"  # never written: how a value that this program cannot read is shown; taken all the same
+# Not of leases: what else is said of an address that is not given out.
+EXCLUDED = "excluded"
 
 LONGEST_HOLD = 30 * 86400.0  # seconds, in the configuration too
 
@@ -303,6 +305,14 @@ class Lease(msgspec.Struct, frozen=True, omit_defaults=True):
         return f" since {self.since}" if self.since else ""
 
 
+class Rule(NamedTuple):
+    """Addresses that the settings of a segment take, though they may have no lease."""
+
+    taken: Range
+    kind: str  # ROUTER, RESERVED or EXCLUDED
+    why: str  # a sentence about one of them
+
+
 class SegmentSettings(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """Cluster-wide settings of a segment. Its revision is compared by every grant in the segment.
 
@@ -327,6 +337,18 @@ class SegmentSettings(msgspec.Struct, frozen=True, omit_defaults=True, forbid_un
             *(parse_range(each.range) for each in self.reserved),
             *(parse_range(text) for text in self.moving),
         ]
+
+    def rules(self) -> list[Rule]:
+        """What is not given out, and the routers, each with its reason. Raises ValueError as `ranges` does."""
+        rules = [Rule(parse_range(text), EXCLUDED, f"it is excluded ({text})") for text in self.exclude]
+        for each in self.reserved:
+            by = f" by {each.by}" if each.by else ""
+            why = f"it is reserved{by} ({each.range}){f': {each.note}' if each.note else ''}"
+            rules.append(Rule(parse_range(each.range), RESERVED, why))
+        rules += [Rule(parse_range(text), EXCLUDED, "it moves between machines") for text in self.moving]
+        for router in self.routers():
+            rules.append(Rule(Range(router.version, int(router), int(router)), ROUTER, "it is the segment's router"))
+        return rules
 
 
 class Reservation(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):

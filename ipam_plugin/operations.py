@@ -563,16 +563,7 @@ def _forbidding(segment: str, settings: SegmentSettings | str | None, address: A
         return []
     if isinstance(settings, str):
         return [f"the settings of segment {segment} cannot be read, so nothing is given out in it: {settings}"]
-    reasons = [f"it is excluded ({text})" for text in settings.exclude if parse_range(text).contains(address)]
-    for each in settings.reserved:
-        if parse_range(each.range).contains(address):
-            by = f" by {each.by}" if each.by else ""
-            reasons.append(f"it is reserved{by} ({each.range}){f': {each.note}' if each.note else ''}")
-    if any(parse_range(text).contains(address) for text in settings.moving):
-        reasons.append("it moves between machines")
-    if address in settings.routers():
-        reasons.append("it is the segment's router")
-    return reasons
+    return [rule.why for rule in settings.rules() if rule.taken.contains(address)]
 
 
 def _without_range(settings: SegmentSettings, what: Range, segment: str) -> SegmentSettings:

@@ -27,6 +27,7 @@ ALLOWED = {
     "evidence": {"addresses", "errors", "model"},
     "dockerd": {"addresses", "errors", "evidence"},
     "check": {"addresses", "decisions", "errors", "evidence", "model"},
+    "board": {"addresses", "errors", "model"},
     "etcd3_import": set(),
     "etcd": {"errors", "etcd3_import"},
     "config": {"addresses", "errors"},
@@ -59,9 +60,10 @@ ALLOWED = {
         "interfaces", "journal", "ledger", "metrics", "model", "neighbourhood", "outage", "reconcile", "register",
         "restoration", "retire", "standby", "vendors", "view", "wire",
     },
+    "web": {"addresses", "board", "errors", "etcd", "model"},
     "cli": {
         "addresses", "check", "config", "daemon", "dockerd", "errors", "evidence", "host", "install", "model",
-        "operations", "scan", "vendors",
+        "operations", "scan", "vendors", "web",
     },
 }  # fmt: skip
 
@@ -74,14 +76,15 @@ OWNERS = {
     "requests": {"dockerd"},  # its errors come through the SDK as they are
     "pyroute2": {"interfaces"},
     "yaml": {"config"},
-    "flask": {"app", "daemon"},  # the daemon only names the type
-    "werkzeug": {"app"},
-    "gunicorn": {"daemon"},
+    "flask": {"app", "daemon", "web"},  # the daemon only names the type
+    "werkzeug": {"app", "web"},
+    "gunicorn": {"daemon", "web"},
     "prometheus_client": {"metrics"},
     "click": {"cli"},
     "rich": {"cli"},
     "msgspec": {
         "app",
+        "board",
         "check",
         "cli",
         "config",
@@ -96,6 +99,7 @@ OWNERS = {
         "register",
         "retire",
         "retirement",
+        "web",
     },
 }
 
@@ -110,6 +114,7 @@ PURE = {
     "evidence": {"collections", "enum", "typing"},
     "retirement": {"collections", "typing"},
     "check": {"collections", "datetime", "typing"},
+    "board": {"collections", "heapq", "typing"},
 }
 CLOCKS = {"now", "utcnow", "today", "time", "monotonic"}
 

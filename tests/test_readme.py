@@ -297,6 +297,28 @@ def every_host_is_alive(lan: Lan, said: dict[str, str]) -> None:
     assert re.findall(r"(?m)^(host\d) +yes ", table) == list(HOSTS)
 
 
+def the_page_is_served(lan: Lan, said: dict[str, str]) -> None:
+    """To a browser on host1, by a user that is none of /etc/passwd and may read what only the service's group may."""
+    host = lan.hosts["host1"]
+    look = (
+        "import urllib.request as u; print(u.urlopen('http://127.0.0.1:9180/api/overview', timeout=10).read().decode())"
+    )
+
+    def told() -> list[tuple[str, bool]]:
+        answer = host(f'python3 -c "{look}"', check=False).stdout
+        return [(each["name"], each["alive"]) for each in json.loads(answer)["hosts"]] if answer else []
+
+    everybody = [(name, True) for name in HOSTS]
+    until(lambda: told() == everybody, 30, "the page tells of the hosts", pause=0.2)
+    host("chown root:ipam-plugin /etc/ipam-plugin/config.yaml && chmod 640 /etc/ipam-plugin/config.yaml")
+    host("systemctl restart ipam-plugin-web.service")
+    until(lambda: told() == everybody, 30, "the page tells of the hosts again", pause=0.2)
+    host("chown root:root /etc/ipam-plugin/config.yaml && chmod 644 /etc/ipam-plugin/config.yaml")
+    user = host(f"stat -c %u /proc/{host.show('ipam-plugin-web.service', 'MainPID')}").stdout.strip()
+    assert 61184 <= int(user) <= 65519, "systemd's range for dynamic users"
+    TIMES.append(host("systemd-analyze security --no-pager ipam-plugin-web.service").stdout.splitlines()[-1].strip())
+
+
 def standby_is_kept(lan: Lan, said: dict[str, str]) -> None:
     """Two tested addresses for each host's network, on a wire that each daemon can hear."""
 
@@ -406,7 +428,7 @@ def the_router(lan: Lan, said: dict[str, str]) -> None:
 
 def taken_back(lan: Lan, said: dict[str, str]) -> None:
     assert json.loads(lan.hosts["host1"]("ipam-plugin leases --kind standby --host host3 -o json").stdout) == []
-    assert "ipam-plugin.socket and ipam-plugin.service stopped and disabled" in said["host3"]
+    assert "ipam-plugin.socket, ipam-plugin.service, ipam-plugin-web.service stopped and disabled" in said["host3"]
     host = lan.hosts["host3"]
     assert host(f"ls {SOCKET} /usr/local/bin/ipam-plugin /etc/docker/plugins", check=False).stdout == ""
     assert host("systemctl is-active docker.service").stdout == "active\n"
@@ -458,6 +480,7 @@ CHECKS: dict[tuple[str, str], Callable[[Lan, dict[str, str]], None]] = {
     ("every host", "docker run --detach --network lan --name web1"): containers_answer,
     ("host1", "ipam-plugin segment default --router"): standby_is_kept,
     ("host1", "ipam-plugin show 192.168.77.254"): the_router,
+    ("host1", "systemctl enable --now ipam-plugin-web"): the_page_is_served,
     ("host1", f"docker run --rm --network lan --ip {PRINTER}"): somebody_has_it,
     ("host1", f"ipam-plugin show {PRINTER}"): the_printer_was_found,
     ("host1", f"ipam-plugin release {PRINTER}"): the_conflict_ended,
