@@ -407,7 +407,7 @@ class Etcd:
             if left <= 0 or self._closed or (stop is not None and stop.is_set()):
                 raise self._gave_up(time.monotonic() - start, reasons, uncertain)
             tries += 1
-            latest = self._latest
+            latest, epoch = self._latest, self.epoch
             timeout = min(self._settings.timeout * (tries if patient else 1), left)
             token, sent = None, False
             try:
@@ -421,7 +421,8 @@ class Etcd:
                 else:
                     reply = _interruptible(call, request, timeout, _metadata(token), stop)
                 if rpc in _LINEARIZABLE:
-                    self._saw(Position(reply.header.cluster_id, reply.header.revision), latest)
+                    now = Position(reply.header.cluster_id, reply.header.revision)
+                    self._saw(now, _wrote(request, reply), latest, epoch)
                 self.on_answer("write" if write else _KINDS[rpc], time.monotonic() - start)
                 return _Reply(reply, uncertain, member.endpoint)
             except grpc.RpcError as error:
@@ -451,16 +452,15 @@ class Etcd:
                 pause = max(0.0, min(pause, deadline - time.monotonic()))
                 time.sleep(pause) if stop is None else stop.wait(pause)
 
-    def _saw(self, now: Position, latest: Position | None) -> None:
-        """`latest`: the newest that was known when the question was sent. A linearizable answer is as new at least;
-        where it is not, etcd is another one or was restored from a backup, and `on_went_back(before, now, epoch)` is
-        told before anybody hears the answer.
+    def _saw(self, now: Position, wrote: int, latest: Position | None, epoch: int) -> None:
+        """`latest`: the newest that was known when the question was sent, in that epoch. A linearizable answer is as
+        new at least, and newer by what it `wrote`; where it is not, etcd is another one or was restored from a backup,
+        and `on_went_back(before, now, epoch)` is told before anybody hears the answer.
         """
-        if latest is not None and now.is_behind(latest):
+        if latest is not None and now._replace(revision=now.revision - wrote).is_behind(latest):
             with self._going_back:  # whoever finds it too waits here until it was told
-                before = self._latest or latest
-                if now.is_behind(before):
-                    self._tell_went_back(before, now)
+                if epoch == self.epoch:
+                    self._tell_went_back(latest, now)
         with self._lock:
             if self._latest is None or (
                 now.cluster_id == self._latest.cluster_id and now.revision > self._latest.revision
@@ -844,6 +844,14 @@ def _write(write: Put | Delete) -> Any:
         put = pb.PutRequest(key=_raw(write.key), value=write.value, lease=write.lease)
         return pb.RequestOp(request_put=put)
     return pb.RequestOp(request_delete_range=pb.DeleteRangeRequest(key=_raw(write.key)))
+
+
+def _wrote(request: Any, reply: Any) -> int:
+    """By how many revisions a call has taken etcd further: before it, etcd was as new as it was known to be."""
+    puts = isinstance(request, pb.TxnRequest) and reply.succeeded and any(
+        operation.HasField("request_put") for operation in request.success
+    )  # fmt: skip
+    return int(puts)  # to delete what is not there takes it no further
 
 
 def _key_value(kv: Any) -> KeyValue:

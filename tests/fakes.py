@@ -72,6 +72,7 @@ class FakeEtcd:
         self._watches = 0
         self._generation = 0  # counts restored backups; a watch of an older one lists anew
         self.cluster_id = 0xFA4E
+        self._known_generation = 0
         self.latest: Position | None = None
         self.epoch = 0
         self.on_went_back: Callable[[Position, Position, int], None] = lambda before, now, epoch: None
@@ -261,9 +262,11 @@ class FakeEtcd:
             raise EtcdUnavailable(f"etcd did not answer within 0 s (fake: {'down' if self.down else 'no time left'})")
 
     def _saw(self) -> None:
+        """As the client does it that has a watch: also a backup that has come as far as what it took the place of."""
         now = Position(self.cluster_id, self._revision)
         before = self.latest
-        if before is None or not now.is_behind(before):
+        known, self._known_generation = self._known_generation, self._generation
+        if before is None or (known == self._generation and not now.is_behind(before)):
             self.latest = now
             return
         self.epoch += 1

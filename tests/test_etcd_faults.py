@@ -18,7 +18,7 @@ import pytest
 
 from etcd_server import EtcdCluster, free_ports, until
 from ipam_plugin.errors import EtcdRefused, EtcdUnavailable, OutcomeUnknown
-from ipam_plugin.etcd import Commit, Etcd, EtcdSettings, Fate, Position, Put, fate
+from ipam_plugin.etcd import Commit, Delete, Etcd, EtcdSettings, Fate, Position, Put, fate
 from ipam_plugin.etcd3_import import etcdrpc as pb
 from test_etcd_contract import Mirror, soon
 
@@ -447,6 +447,25 @@ def test_a_history_that_has_overtaken_the_old_one_is_told_from_it(own_etcd: Etcd
         assert told == [1]
 
 
+@pytest.mark.etcd
+def test_a_write_comes_after_all_that_was_seen(own_etcd: EtcdCluster) -> None:
+    """One that has the very revision of what was seen last was written in another history."""
+    (member,) = own_etcd.members
+    with contextlib.closing(Etcd(own_etcd.settings())) as client:
+        told: list[int] = []
+        client.on_went_back = lambda before, now, epoch: told.append(now.revision)
+        client.commit({}, [Put("/b/a", b"1")], deadline=soon())
+        client.commit({}, [Delete("/b/nothing")], deadline=soon())
+        client.commit({"/b/a": 0}, [Put("/b/a", b"2")], deadline=soon())
+        backup = own_etcd.save()
+        client.commit({}, [Put("/b/lost", b"1")], deadline=soon())
+        assert told == []
+        member.kill()
+        own_etcd.restore(backup)
+        client.commit({}, [Put("/b/new", b"1")], deadline=soon(30))
+        assert len(told) == 1
+
+
 def test_an_answer_of_another_life_waits_until_that_was_told() -> None:
     """Also that of a question which was sent after the first of them had come."""
     with contextlib.closing(Etcd(EtcdSettings(("127.0.0.1:1",)))) as client:
@@ -458,11 +477,11 @@ def test_an_answer_of_another_life_waits_until_that_was_told() -> None:
             assert told.wait(10)
 
         client.on_went_back = tell
-        first = threading.Thread(target=client._saw, args=(Position(1, 50), Position(1, 100)))
+        first = threading.Thread(target=client._saw, args=(Position(1, 50), 0, Position(1, 100), 0))
         first.start()
         assert telling.wait(10)
         latest = client.latest
-        later = threading.Thread(target=lambda: (client._saw(Position(1, 51), latest), heard.set()))
+        later = threading.Thread(target=lambda: (client._saw(Position(1, 51), 1, latest, 0), heard.set()))
         later.start()
         assert not heard.wait(0.3)
         told.set()
