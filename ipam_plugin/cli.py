@@ -39,6 +39,7 @@ from ipam_plugin.vendors import vendor_of
 
 if TYPE_CHECKING:
     from ipam_plugin.dockerd import Dockerd
+    from ipam_plugin.etcd import Etcd
     from ipam_plugin.evidence import Look as DockerLook
     from ipam_plugin.scan import Report, Target
 
@@ -781,6 +782,37 @@ class _Look:
                     silent = not told and not report.trouble
                     wire[segment, address] = macs if macs or silent else None
         return wire, unheard
+
+
+@cli.command()
+@click.option("--no-lan", is_flag=True, help="Send nothing on the LAN.")
+@output_option
+@_with_operations
+def doctor(ops: Operations, config: Config, no_lan: bool, output: str) -> None:
+    """Say what is wrong with the set-up of this host, with the cure, and what was found in order.
+
+    etcd, the service, Docker's side and the LAN; `check` compares the leases. Needs root on a Docker host; what cannot
+    be looked at is said. Exit status 1 when something is wrong.
+    """
+    from ipam_plugin import doctor as deciding
+    from ipam_plugin import examine
+    from ipam_plugin.daemon import etcd_of
+
+    def connect(endpoint: str) -> Etcd:
+        only = msgspec.structs.replace(config.etcd, endpoints=(endpoint,))
+        return etcd_of(msgspec.structs.replace(config, etcd=only))
+
+    found = deciding.examine(examine.gather(config, ops, connect, ask_lan=not no_lan))
+    if output == "json":
+        _json([each._asdict() for each in found])
+    else:
+        for each in found:
+            wrong = f". Cause: {each.cause}. Cure: {each.cure}." if each.state == deciding.FOUND else ""
+            state = each.state.upper() if wrong else each.state
+            click.echo(_clean(f"{state:<12} {each.kind}: {each.what}{wrong}"))
+    click.echo(deciding.summary(found), err=True)
+    if any(each.state == deciding.FOUND for each in found):
+        sys.exit(1)
 
 
 @contextlib.contextmanager

@@ -12,19 +12,22 @@ import contextlib
 import ipaddress
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import docker
 import docker.errors
+import docker.types
 import requests
 
-from ipam_plugin.addresses import Address, parse_address
+from ipam_plugin.addresses import Address, parse_address, parse_network
 from ipam_plugin.errors import DockerUnavailable
-from ipam_plugin.evidence import Attachment, Known, Look, Network
+from ipam_plugin.evidence import AnyNetwork, Attachment, Installation, Known, Look, Network
 
 TIMEOUT = 10.0  # seconds for one answer of the engine
 DRIVER = "ipam-plugin"
+UNKNOWN_POOL = "192.0.2.0/24"  # a network of documentation (RFC 5737), which is on no LAN
+T = TypeVar("T")
 
 
 class Dockerd:
@@ -38,10 +41,26 @@ class Dockerd:
 
     def look(self) -> Look:
         """What the engine has now. Raises DockerUnavailable when any part of it is missing."""
+        return self._asked(self._look)
+
+    def installation(self) -> Installation:
+        """Its version and all its networks. Raises DockerUnavailable."""
+        return self._asked(self._installation)
+
+    def refusal(self) -> str:
+        """What it says when it is to make a network with an option (`doctor`) that this driver does not have.
+
+        Nothing is made: the driver refuses it before it looks at anything. Nothing else shows from outside that the
+        engine reaches the driver, of which it knows nothing until a network needs it. Raises DockerUnavailable.
+        """
+        return self._asked(self._refusal)
+
+    def _asked(self, question: Callable[[], T]) -> T:
         with self._lock:
-            began = time.monotonic()
             try:
-                return self._look(began)
+                if self._client is None:
+                    self._client = docker.APIClient(f"unix://{self._socket}", version="auto", timeout=self._timeout)
+                return question()
             except (docker.errors.DockerException, requests.RequestException, OSError) as error:
                 self._drop_client()  # the next engine behind this socket may speak another version
                 raise DockerUnavailable(f"dockerd at {self._socket} does not answer: {_first_line(error)}") from None
@@ -61,9 +80,8 @@ class Dockerd:
             with contextlib.suppress(OSError):
                 client.close()
 
-    def _look(self, began: float) -> Look:
-        if self._client is None:
-            self._client = docker.APIClient(f"unix://{self._socket}", version="auto", timeout=self._timeout)
+    def _look(self) -> Look:
+        began = time.monotonic()
         engine = self._client.info()["ID"]
         # The containers first: what starts meanwhile is then in the networks' own list.
         containers = self._client.containers(all=True)
@@ -94,6 +112,31 @@ class Dockerd:
             elsewhere=frozenset(elsewhere),
             containers={each["Id"]: _known(each) for each in containers},
         )
+
+    def _installation(self) -> Installation:
+        return Installation(self._client.version()["Version"], tuple(map(_any_network, self._client.networks())))
+
+    def _refusal(self) -> str:
+        pool = docker.types.IPAMPool(subnet=UNKNOWN_POOL)
+        ipam = docker.types.IPAMConfig(driver=DRIVER, pool_configs=[pool], options={"doctor": "asks"})
+        try:
+            made = self._client.create_network("ipam-plugin-doctor", driver="bridge", ipam=ipam)
+        except docker.errors.APIError as error:
+            return str(error.explanation or error)
+        self._client.remove_network(made["Id"])
+        return "another driver answered to its name, and made a network with an option that this one refuses"
+
+
+def _any_network(told: Mapping[str, Any]) -> AnyNetwork:
+    ipam = told["IPAM"] or {}
+    options = told.get("Options") or {}
+    return AnyNetwork(
+        name=told["Name"],
+        driver=told["Driver"],
+        ipam=ipam.get("Driver") or "default",
+        subnets=tuple(parse_network(each["Subnet"]) for each in ipam.get("Config") or () if each.get("Subnet")),
+        bridge=options.get("com.docker.network.bridge.name") or f"br-{told['Id'][:12]}",
+    )
 
 
 def _network(told: Mapping[str, Any]) -> Network:

@@ -42,7 +42,9 @@ _KINDS = {  # of calls, for `on_answer`
     "keep_alive": "ttl",
     "revoke": "ttl",
     "status": "status",
+    "alarm": "status",
 }
+_ALARMS = {1: "NOSPACE", 2: "CORRUPT"}  # etcdserverpb.AlarmType; etcd3 knows the first alone
 _TICK = 0.2  # seconds; how soon a watch notices `stop`
 
 _CHANNEL_OPTIONS = [
@@ -321,6 +323,21 @@ class Etcd:
             endpoint=endpoint,
             leader=reply.leader == reply.header.member_id,
         )
+
+    def alarms(self, *, deadline: float) -> tuple[str, ...]:
+        """The alarms that members have raised: NOSPACE (the quota is used up), CORRUPT."""
+        reply = self._call("alarm", pb.AlarmRequest(), deadline).message  # action GET
+        return tuple(_ALARMS.get(each.alarm, str(each.alarm)) for each in reply.alarms if each.alarm)
+
+    def remembers(self, revision: int, key: str, *, deadline: float) -> bool:
+        """Whether a key can still be read as it was at an earlier revision: nothing since then was compacted."""
+        try:
+            self._call("range", pb.RangeRequest(key=_raw(key), revision=revision, keys_only=True), deadline)
+        except EtcdRefused as error:
+            if _code(error) is grpc.StatusCode.OUT_OF_RANGE:
+                return False
+            raise
+        return True
 
     # ---- writes
 
@@ -709,6 +726,7 @@ class _Member:
                 "keep_alive": keep_alive,
                 "watch": pb.WatchStub(channel).Watch,
                 "status": pb.MaintenanceStub(channel).Status,
+                "alarm": pb.MaintenanceStub(channel).Alarm,
                 "login": pb.AuthStub(channel).Authenticate,
             }
             return self._calls

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from ipam_plugin.addresses import Address
+from ipam_plugin.addresses import Network as Subnet
 from ipam_plugin.errors import BadRequest
 from ipam_plugin.model import Container, Lease, Pool, parse_time
 
@@ -74,6 +75,23 @@ class Network(NamedTuple):
             except BadRequest:
                 continue
         return found
+
+
+class AnyNetwork(NamedTuple):
+    """A Docker network, whatever driver gives its addresses. `bridge`: its interface, where it is of driver bridge."""
+
+    name: str
+    driver: str
+    ipam: str
+    subnets: tuple[Subnet, ...]
+    bridge: str
+
+
+class Installation(NamedTuple):
+    """What an engine says of itself, and all its networks."""
+
+    version: str
+    networks: tuple[AnyNetwork, ...]
 
 
 class Look(NamedTuple):

@@ -318,11 +318,16 @@ def _command() -> str:
     """The path by which this program was started, or its script beside this Python."""
     for candidate in (sys.argv[0], os.path.join(os.path.dirname(sys.executable), "ipam-plugin")):
         if os.path.basename(candidate) == "ipam-plugin" and os.access(candidate, os.X_OK):
-            return os.path.abspath(candidate)
+            return _behind_link(os.path.abspath(candidate))
     found = shutil.which("ipam-plugin")
     if found is None:
         raise Refused("there is no command ipam-plugin beside this Python; install the package with pip first")
-    return os.path.abspath(found)
+    return _behind_link(os.path.abspath(found))
+
+
+def _behind_link(command: str) -> str:
+    """Where our own link leads: typed by its name, the program must not make the link lead to itself."""
+    return os.path.abspath(os.readlink(command)) if command == COMMAND and os.path.islink(command) else command
 
 
 def _check_executable(command: str, *, try_it: bool) -> None:

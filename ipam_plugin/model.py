@@ -594,6 +594,10 @@ def read_lease(value: bytes) -> Lease:
 # ----------------------------------------------------------------------------------------------- keys
 
 
+PARTS = ("leases", "history", "segments", "pools", "hosts", "alive", "wanted", "retiring", "gone")
+"""The parts of the register, each a directory below the prefix."""
+
+
 @dataclass(frozen=True, slots=True)
 class Keys:
     """The names of the keys below one prefix."""
@@ -611,7 +615,7 @@ class Keys:
     restored: str = field(init=False)  # the one key that is no folder
 
     def __post_init__(self) -> None:
-        for name in ("leases", "history", "segments", "pools", "hosts", "alive", "wanted", "retiring", "gone"):
+        for name in PARTS:
             object.__setattr__(self, name, f"{self.prefix}{name}/")
         object.__setattr__(self, "restored", f"{self.prefix}restored")
 

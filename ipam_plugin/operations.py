@@ -16,12 +16,13 @@ import msgspec
 
 from ipam_plugin.addresses import Address, Network, Range, address_of, parse_address, parse_range
 from ipam_plugin.check import PoolKey, Register, Repair
-from ipam_plugin.errors import AddressTaken, Refused
+from ipam_plugin.errors import AddressTaken, EtcdRefused, Refused
 from ipam_plugin.etcd import Commit, Delete, KeyValue, Put
 from ipam_plugin.model import (
     CONFLICT,
     ENDPOINT,
     HELD,
+    PARTS,
     RESERVED,
     STANDBY,
     UNREADABLE,
@@ -286,6 +287,24 @@ class Operations:
             alive=frozenset(each.key.removeprefix(self._keys.alive) for each in self._list(self._keys.alive)),
             settings=self.segments(),
         )
+
+    def rights(self) -> dict[str, str]:
+        """Whether this user of etcd may read and write each part of the register: '', or etcd's refusal.
+
+        Nothing is written: etcd looks at the rights of a transaction as a whole, and this one asks for a revision that
+        no key has. Raises EtcdUnavailable.
+        """
+        found = {}
+        for name in PARTS:
+            prefix = f"{self._keys.prefix}{name}/"
+            try:
+                self._etcd.list(f"{prefix}doctor/", deadline=_deadline(), keys_only=True)
+                nobody, other = f"{prefix}doctor/put", f"{prefix}doctor/delete"
+                self._etcd.commit({nobody: -1}, [Put(nobody, b""), Delete(other)], deadline=_deadline())
+                found[name] = ""
+            except EtcdRefused as error:
+                found[name] = str(error)
+        return found
 
     # ------------------------------------------------------------------------------------ changing
 

@@ -131,6 +131,39 @@ def require_capability(interface: str = "") -> None:
         ) from None
 
 
+def hears_as(mac: str, interface: str, peers: Sequence[IPv4Address], *, deadline: float) -> str:
+    """'' when a peer's answer comes back to another MAC than the interface's own, as a container's frames have to;
+    else why not, as a clause.
+
+    Asked is by ARP probes (RFC 5227: sender 0.0.0.0), which change no machine's cache; a switch learns the MAC for some
+    minutes. The peers must be known to use their addresses: one that is only just probing its own would give it up.
+    Raises ProbeFailed without the capability.
+    """
+    require_capability(interface)
+    asked = {peer: packets.arp_probe(peer, mac) for peer in peers[:ASKED_AT_ONCE]}
+    try:
+        with _packet_socket(interface, bpf_filter(tuple(asked))) as asking:
+            # What is for another MAC does not pass a network card, nor a bridge itself, unless asked for; it ends with
+            # the socket.
+            membership = struct.pack("=iHH8s", _index(interface), _PACKET_MR_PROMISC, 0, b"")
+            asking.setsockopt(_SOL_PACKET, _PACKET_ADD_MEMBERSHIP, membership)
+            ready = select.poll()
+            ready.register(asking, select.POLLIN)
+            while (left := deadline - time.monotonic()) > 0:
+                for frame in asked.values():
+                    with contextlib.suppress(BlockingIOError):
+                        asking.send(frame)
+                again = time.monotonic() + min(ASKED_AGAIN, left)
+                while (wait := again - time.monotonic()) > 0 and ready.poll(wait * 1000):
+                    for packet in map(packets.decode, _received(asking, 64)):
+                        if isinstance(packet, packets.Arp) and packet.destination == mac and packet.sender in asked:
+                            return ""
+    except OSError as error:
+        return f"{interface}: {error.strerror or error}"
+    names = ", ".join(map(str, list(asked)[:3])) + (", …" if len(asked) > 3 else "")
+    return f"no answer of {names} came to it"
+
+
 class Wire:
     """Listens to one interface from `start` to `close`, and asks there. Safe to use from many threads.
 
@@ -704,7 +737,7 @@ def _request_frame(peer: Address, own: Iterable[InterfaceAddress], mac: str) -> 
 _ETH_P_ALL = 0x0003
 _SOL_PACKET = 263
 _PACKET_ADD_MEMBERSHIP, _PACKET_STATISTICS, _PACKET_IGNORE_OUTGOING = 1, 6, 23
-_PACKET_MR_ALLMULTI = 2
+_PACKET_MR_PROMISC, _PACKET_MR_ALLMULTI = 1, 2
 _SO_ATTACH_FILTER = 26
 _ARPHRD_ETHER = 1
 _ICMP6_FILTER, _ECHO_REQUEST, _ECHO_REPLY = 1, 128, 129  # linux/icmpv6.h

@@ -242,6 +242,57 @@ def test_without_the_capability_the_daemon_serves_and_says_so(system: System) ->
         system.restart()
 
 
+UNIT = "/etc/systemd/system/ipam-plugin.service"
+
+
+def test_doctor_and_the_service(system: System) -> None:
+    """Units and rights of the service, broken one by one: doctor says so, and its cure helps as it stands there."""
+    about = ("unit_", "units", "no_raw", "raw_", "docker_socket", "state_dir")
+
+    def found() -> dict[str, str]:
+        """The cures by kind."""
+        lines = json.loads(
+            system("ipam-plugin", "doctor", "--no-lan", "-o", "json", check=False).partition("\n]")[0] + "]"
+        )
+        ours = [each for each in lines if each["kind"].startswith(about)]
+        assert all(each["state"] != "not checked" for each in ours), ours
+        return {each["kind"]: each["cure"] for each in ours if each["state"] == "found"}
+
+    def cured(kind: str, command: str) -> None:
+        now = found()
+        assert list(now) == [kind], now
+        assert command in now[kind], now
+        system("sh", "-ec", command, seconds=60)
+        until(lambda: found() == {}, f"{kind} is cured")
+
+    # Nobody answers there, and the file is left; and nobody holds a connection to the daemon while it is restarted.
+    system("systemctl", "stop", "docker.socket", "docker.service")
+    assert system("stat", "-c", "%a %G", "/run/docker.sock") == "660 docker"
+    assert found() == {}
+    system("systemctl", "disable", "ipam-plugin.service")
+    cured("unit_disabled", "systemctl enable ipam-plugin.service")
+    system("systemctl", "stop", "ipam-plugin.service", seconds=60)
+    cured("unit_stopped", "systemctl start ipam-plugin.service")
+    system("sed", "-i", "s/^Restart=always/Restart=on-failure/", UNIT)
+    cured("unit_changed", "systemctl daemon-reload; systemctl restart ipam-plugin.service")
+    system("sh", "-ec", f"sed -i '/^Before=/d' {UNIT}; systemctl daemon-reload")
+    now = found()
+    assert list(now) == ["unit_order"]
+    assert "write Before=docker.service into [Unit] of the ones named; systemctl daemon-reload" in now["unit_order"]
+    system("sh", "-ec", f"sed -i 's/^.Unit.$/&\\nBefore=docker.service/' {UNIT}; systemctl daemon-reload")
+    assert found() == {}
+    system("sh", "-ec", f"mv {UNIT} /root/unit; systemctl daemon-reload")
+    cured("unit_missing", "ipam-plugin install")
+    assert system("cat", UNIT) != system("cat", "/root/unit")  # as install wrote it at first
+    system("gpasswd", "--delete", "ipam-plugin", "docker")
+    system("systemctl", "restart", "ipam-plugin", seconds=60)
+    cured("docker_socket_closed", "usermod --append --groups docker ipam-plugin; systemctl restart ipam-plugin")
+    system("chown", "root:", "/var/lib/ipam-plugin")
+    cured("state_dir_closed", "chown -R ipam-plugin: /var/lib/ipam-plugin; chmod 700 /var/lib/ipam-plugin")
+    system("rm", "/root/unit")
+    system("systemctl", "start", "docker.service")
+
+
 def test_uninstall_and_install_on_a_live_system(system: System) -> None:
     """The one stops, disables and removes, while Docker runs on; the other starts the service again."""
     kept = system("cat", "/var/lib/ipam-plugin/host")

@@ -312,6 +312,22 @@ def test_the_interpreter_of_the_script_counts(monkeypatch: pytest.MonkeyPatch, t
     assert installing._obstacle("/usr/bin/no-such-program") == "/usr/bin/no-such-program: No such file or directory"
 
 
+def test_typed_by_its_link_the_program_is_what_the_link_leads_to(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`ipam-plugin install` is typed again when Docker came later; a link that leads to itself would be no command."""
+    script = tmp_path / "opt/ipam-plugin"
+    script.parent.mkdir()
+    script.write_text("#!/bin/sh\n")
+    script.chmod(0o755)
+    link = tmp_path / "ipam-plugin"
+    link.symlink_to(script)
+    monkeypatch.setattr(installing, "COMMAND", str(link))
+    for typed in (link, script):
+        monkeypatch.setattr(installing.sys, "argv", [str(typed)])
+        assert installing._command() == str(script)
+
+
 def test_a_command_that_is_none_is_refused(system: Path) -> None:
     """A typing error in a provisioning script is found at once."""
     for command in ("/no/such/command", "/etc"):

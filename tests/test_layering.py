@@ -28,6 +28,7 @@ ALLOWED = {
     "dockerd": {"addresses", "errors", "evidence"},
     "check": {"addresses", "decisions", "errors", "evidence", "model"},
     "board": {"addresses", "errors", "model"},
+    "doctor": {"addresses", "evidence", "model"},
     "etcd3_import": set(),
     "etcd": {"errors", "etcd3_import"},
     "config": {"addresses", "errors"},
@@ -53,6 +54,10 @@ ALLOWED = {
     "retirement": {"decisions", "model"},
     "retire": {"addresses", "errors", "etcd", "ledger", "model", "neighbourhood", "retirement", "view"},
     "operations": {"addresses", "check", "errors", "etcd", "model"},
+    "examine": {
+        "addresses", "config", "dockerd", "doctor", "errors", "etcd", "evidence", "interfaces", "model", "operations",
+        "wire",
+    },
     "host": {"addresses", "errors", "etcd", "interfaces", "model", "register", "view"},
     "app": {"errors", "metrics", "model", "protocol"},
     "daemon": {
@@ -62,8 +67,8 @@ ALLOWED = {
     },
     "web": {"addresses", "board", "errors", "etcd", "model"},
     "cli": {
-        "addresses", "check", "config", "daemon", "dockerd", "errors", "evidence", "host", "install", "model",
-        "operations", "scan", "vendors", "web",
+        "addresses", "check", "config", "daemon", "dockerd", "doctor", "errors", "etcd", "evidence", "examine", "host",
+        "install", "model", "operations", "scan", "vendors", "web",
     },
 }  # fmt: skip
 
@@ -115,6 +120,7 @@ PURE = {
     "retirement": {"collections", "typing"},
     "check": {"collections", "datetime", "typing"},
     "board": {"collections", "heapq", "typing"},
+    "doctor": {"collections", "shlex", "typing"},
 }
 CLOCKS = {"now", "utcnow", "today", "time", "monotonic"}
 
