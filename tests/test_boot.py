@@ -301,7 +301,7 @@ def test_uninstall_and_install_on_a_live_system(system: System) -> None:
         system("etcdctl", "put", leases + address, json.dumps({"kind": "standby", "host": host}))
     said = system("/opt/ipam-plugin/bin/ipam-plugin", "uninstall", seconds=60)
     assert re.search(
-        r"ipam-plugin\.socket and ipam-plugin\.service stopped and disabled\n"
+        r"ipam-plugin\.socket, ipam-plugin\.service, ipam-plugin-web\.service stopped and disabled\n"
         rf"standby and held addresses of host {kept} given back: 2\n"
         r"[^\n]+ removed\n",
         said,
