@@ -910,7 +910,7 @@ def _numbers(version: str) -> tuple[int, ...]:
         digits = part[: next((n for n, letter in enumerate(part) if not letter.isdigit()), len(part))]
         if not digits:
             break
-        numbers.append(int(digits))
+        numbers.append(int(digits[:9]))  # anybody may have written it
         if digits != part:
             break
     return tuple(numbers)

@@ -260,6 +260,7 @@ TYPED = {
     "segment": [*(f"segment hostile{n}" for n in range(30, 60)), "segment h -o json", "segment default --no-router"],
     "check": ["check", "check -o json"],
     "scan": ["scan clean"],
+    "doctor": ["doctor --no-lan", "doctor --no-lan -o json"],
     "reserve": [f"reserve {hostile.ADDRESS}", "reserve 198.18.0.5", "reserve 198.18.0.0/24 --segment default"],
     "unreserve": ["unreserve 198.18.77.7 --segment clean", "unreserve 198.18.0.0/24 --segment default"],
     "release": ["release 198.18.0.5 --segment clean", "release 198.18.1.200 --segment clean"],
