@@ -27,6 +27,7 @@ from daemons import COMMAND, DaemonProcess, NotSent, Reply, ask, run
 from etcd_server import EtcdCluster, until
 from ipam_plugin.etcd import Etcd, Put
 from test_races import ask_all, holders, judge
+from tests.lab.machines import ACTIVATE
 
 pytestmark = pytest.mark.etcd
 
@@ -472,19 +473,11 @@ def test_a_state_dir_that_cannot_be_made_is_named(make: Make, tmp_path: Path) ->
 
 # ---- systemd
 
-#: What systemd does for a socket unit: the listening socket becomes descriptor 3 of the process that it names.
-ACTIVATE = """
-import os, sys
-os.dup2(int(sys.argv[1]), 3)
-os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=sys.argv[2])
-os.execv(sys.argv[3], sys.argv[3:])
-"""
-
 
 def activated(listener: socket.socket, count: str = "1") -> tuple[str, ...]:
     listener.set_inheritable(True)
     # Only descriptors that are named survive Popen; the copy keeps its number over both execs.
-    return (sys.executable, "-I", "-S", "-c", ACTIVATE, str(listener.fileno()), count, *COMMAND)
+    return (*ACTIVATE, str(listener.fileno()), count, *COMMAND)
 
 
 def test_systemds_socket_is_served_and_left_in_place(make: Make, tmp_path: Path) -> None:
