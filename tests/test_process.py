@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import stat
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from typing import Any
 import pytest
 
 from conftest import RealEtcd
-from daemons import COMMAND, DaemonProcess, NotSent, Reply, ask, run
+from daemons import COMMAND, ROOT, DaemonProcess, NotSent, Reply, ask, run
 from etcd_server import EtcdCluster, until
 from ipam_plugin.etcd import Etcd, Put
 from test_races import ask_all, holders, judge
@@ -469,6 +470,25 @@ def test_a_state_dir_that_cannot_be_made_is_named(make: Make, tmp_path: Path) ->
     daemon.start()
     assert "state_dir: /proc/no/such cannot be used" in refusal(daemon)
     assert not daemon.socket.exists()
+
+
+def test_all_that_is_read_was_made_ready_before_there_are_threads() -> None:
+    """Two threads that are the first to read a type of msgspec's end the process (seen with 0.22.0: SIGSEGV). Here a
+    fresh process imports the daemon and starts no thread; each type must have by then what its decoder needs.
+    """
+    program = """
+import gc, msgspec, ipam_plugin.daemon
+for kind in msgspec.Struct.__subclasses__():
+    if kind.__module__.startswith("ipam_plugin.") and kind.__module__ != "ipam_plugin.config":
+        ready = any(type(each).__name__ == "StructInfo" for each in gc.get_referents(kind))
+        print(kind.__module__, kind.__name__, ready)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    kinds = done.stdout.splitlines()
+    assert len(kinds) > 20
+    assert [each for each in kinds if not each.endswith(" True")] == []
 
 
 # ---- systemd
