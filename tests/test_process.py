@@ -26,6 +26,7 @@ import pytest
 from conftest import RealEtcd
 from daemons import COMMAND, ROOT, DaemonProcess, NotSent, Reply, ask, run
 from etcd_server import EtcdCluster, until
+from ipam_plugin.dockerd import TIMEOUT
 from ipam_plugin.etcd import Etcd, Put
 from test_races import ask_all, holders, judge
 from tests.lab.machines import ACTIVATE
@@ -489,6 +490,19 @@ for kind in msgspec.Struct.__subclasses__():
     kinds = done.stdout.splitlines()
     assert len(kinds) > 20
     assert [each for each in kinds if not each.endswith(" True")] == []
+
+
+def test_a_stop_does_not_wait_for_a_dockerd_that_says_nothing(make: Make, tmp_path: Path) -> None:
+    """dockerd may itself wait for an address, and so for the next daemon: the two would wait for each other."""
+    with socket.socket(socket.AF_UNIX) as dockerd:
+        dockerd.bind(str(tmp_path / "docker.sock"))
+        dockerd.listen(8)
+        dockerd.settimeout(30)
+        daemon = make(docker={"socket": str(tmp_path / "docker.sock")})
+        daemon.start()
+        with dockerd.accept()[0]:  # a look has begun, and gets no answer
+            daemon.terminate()
+            assert daemon.wait(TIMEOUT * 0.6) == 0
 
 
 # ---- systemd
