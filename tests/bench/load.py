@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ipaddress
 import json
@@ -128,7 +129,7 @@ def _of_looks(scale: Scale, many: tuple[Samples, float], none: tuple[Samples, fl
 
 def _at_rest(lab: Lab, host: Host, scale: Scale) -> list[Row]:
     """The same host with the look and without, taking turns; nobody starts or stops a container."""
-    used: dict[bool, dict[str, float]] = {True: {}, False: {}}
+    used: dict[bool, dict[str, float]] = {True: collections.defaultdict(float), False: collections.defaultdict(float)}
     for turn, reconcile in enumerate((True, False) * scale.rest_rounds):
         if turn > 0:  # it looks already
             host.configure(docker={"reconcile": reconcile})
@@ -144,10 +145,10 @@ def _at_rest(lab: Lab, host: Host, scale: Scale) -> list[Row]:
             "etcd": cpu_seconds(lab.etcd[0].pid) - etcd,
             "requests": float(sum(asked.count().values())),
             "calls": sum(now.values()) - sum(before.values()),
-            "transactions": now.get("Txn", 0.0) - before.get("Txn", 0.0),
+            **{call: number - before.get(call, 0.0) for call, number in now.items()},
         }
         for name, value in found.items():
-            used[reconcile][name] = used[reconcile].get(name, 0.0) + value * 60 / scale.idle / scale.rest_rounds
+            used[reconcile][name] += value * 60 / scale.idle / scale.rest_rounds
     count = scale.containers_running
     how = f"over {scale.rest_rounds} times {scale.idle:g} s, with and without taking turns"
     kinds = (
@@ -156,12 +157,15 @@ def _at_rest(lab: Lab, host: Host, scale: Scale) -> list[Row]:
         ("etcd", "processor time of etcd", "s"),
         ("requests", "requests to dockerd's API", "requests"),
         ("calls", "calls of etcd", "calls"),
-        ("transactions", "etcd transactions", "transactions"),
+        ("Txn", "etcd transactions", "transactions"),
     )
+    told = ", ".join(f"{name} {used[True][name]:.1f}" for name in ("LeaseKeepAlive", "Range", "Txn", "Watch"))
     return [
         Row.limit(
             f"{what}, {count} containers that run, per minute",
-            *(used[True][name], unit, used[False][name], None, how, "with docker.reconcile false"),
+            *(used[True][name], unit, used[False][name], None),
+            f"{how}: {told}" if name == "calls" else how,
+            "with docker.reconcile false",
         )
         for name, what, unit in kinds
     ]
