@@ -59,6 +59,7 @@ SYSTEMD_SOCKET = 3  # the first file descriptor that systemd passes (sd_listen_f
 READY_AT_LATEST = 90.0  # seconds; dockerd waits for this unit, and must start also when etcd is away
 KERNEL_PATIENCE = 5.0  # seconds; the kernel may hold its lock for so long while it takes down a large namespace
 ETCD_SIZE_AGAIN = 30.0  # seconds between two looks at the size of etcd's database
+STOP_PATIENCE = 1.0  # seconds for all threads together; what they leave behind is what a power cut leaves
 ANSWER_MARGIN = 0.5  # seconds of the deadline that are left for the answer's way back
 
 
@@ -326,11 +327,13 @@ class Daemon:
         self._ledger.stop_freeing_orphans()
         if self._watcher is not None:
             self._watcher.stop()
-        self._stop_metrics()
+        # Not waited for: its server looks up every half second only, and requests may wait for the next daemon.
+        threading.Thread(target=self._stop_metrics, name="metrics", daemon=True).start()
         self._neighbourhood.close()
         self._presence.leave()
+        end = time.monotonic() + STOP_PATIENCE
         for thread in self._threads:
-            thread.join(3)
+            thread.join(max(0.0, end - time.monotonic()))
         self._dockerd.close()
         self._outage.close()
         self._etcd.close()

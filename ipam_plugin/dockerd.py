@@ -71,8 +71,12 @@ class Dockerd:
                 ) from None
 
     def close(self) -> None:
-        with self._lock:
-            self._drop_client()
+        """A look that runs is not waited for: dockerd may answer it only when the next daemon answers dockerd."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._drop_client()
+            finally:
+                self._lock.release()
 
     def _drop_client(self) -> None:
         client, self._client = self._client, None

@@ -24,7 +24,7 @@ import msgspec
 
 from ipam_plugin.addresses import Address, parse_address
 from ipam_plugin.errors import JournalFailed
-from ipam_plugin.model import Lease, decode, encode
+from ipam_plugin.model import Lease, decode, encode, readable
 
 ENTRIES = 20_000  # that may wait at once; about 10 MB. A host with more containers than this is none that we know of
 BYTES = 32 << 20  # of the file, after which what is carried out is left out of it
@@ -52,6 +52,9 @@ class _Record(msgspec.Struct, frozen=True, omit_defaults=True):
     number: int
     entry: Entry | None = None
     done: tuple[int, ...] = ()  # the numbers of entries that are carried out
+
+
+readable(_Record)
 
 
 class Work(NamedTuple):

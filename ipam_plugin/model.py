@@ -563,7 +563,7 @@ def encode(value: msgspec.Struct) -> bytes:
 def decode(value: bytes, kind: type[T]) -> T:
     """Raises ValueError with one short line, fit for a terminal, when the value is not what it should be."""
     try:
-        decoded: T = _decoder(kind).decode(value)
+        decoded: T = _decoders[kind].decode(value)
         return decoded
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(printable(str(error))[:200]) from None  # it quotes names that stand in the value
@@ -572,10 +572,16 @@ def decode(value: bytes, kind: type[T]) -> T:
 _decoders: dict[type, Any] = {}
 
 
-def _decoder(kind: type) -> Any:
-    if kind not in _decoders:
-        _decoders[kind] = msgspec.json.Decoder(kind)
-    return _decoders[kind]
+def readable(*kinds: type) -> None:
+    """Makes ready what `decode` needs to read these. To be called where they are defined, at the import.
+
+    Not at the first value: when two threads are the first to read a type, msgspec (0.22.0) lets one of them see what
+    the other is just filling in, and the process ends with a segmentation fault.
+    """
+    _decoders.update((kind, msgspec.json.Decoder(kind)) for kind in kinds)
+
+
+readable(Lease, SegmentSettings, Host, Alive, Restored, Order, Part, Lost, PoolUse, History)
 
 
 def read_lease(value: bytes) -> Lease:

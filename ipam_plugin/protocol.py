@@ -67,6 +67,11 @@ class Purpose(enum.Enum):
 
 Body = TypeVar("Body", RequestPool, ReleasePool, RequestAddress, ReleaseAddress)
 
+# Made before there are threads, see model.readable.
+_DECODERS: dict[type, Any] = {
+    kind: msgspec.json.Decoder(kind) for kind in (RequestPool, ReleasePool, RequestAddress, ReleaseAddress)
+}
+
 
 def decode(body: bytes, kind: type[Body]) -> Body:
     """Raises BadRequest with one line that names the wrong field."""
@@ -76,7 +81,8 @@ def decode(body: bytes, kind: type[Body]) -> Body:
             " (moby#39331); nothing was done, try the docker command again"
         )
     try:
-        return msgspec.json.decode(body, type=kind)
+        decoded: Body = _DECODERS[kind].decode(body)
+        return decoded
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         reason = str(error).replace("`", "").replace("$.", "")
         raise BadRequest(f"the request is not the JSON object that {kind.__name__} needs: {reason}") from None

@@ -124,6 +124,11 @@ class Member:
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
     def start(self) -> None:
         """Start it and return at once; `EtcdCluster.wait_ready` waits."""
         assert not self.running
@@ -152,7 +157,11 @@ class Member:
 
     @property
     def leads(self) -> bool:
-        return "\netcd_server_is_leader 1" in self._http("/metrics")
+        return "\netcd_server_is_leader 1" in self.metrics()
+
+    def metrics(self) -> str:
+        """What it serves for Prometheus, '' when it does not answer."""
+        return self._http("/metrics")
 
     def _http(self, path: str) -> str:
         if not self.running:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_quick_run_appends_a_row_for_each_number(tmp_path: Path) -> None:
     """`make bench` must not have rotted when somebody needs it: each benchmark ends and leaves its rows."""
     # socket tells p50 and p99, exact one request at a time and all at once.
-    check(tmp_path, {"socket": 2, "full": 1, "transactions": 1, "exact": 2, "memory": 1, "start": 1})
+    check(tmp_path, {"socket": 2, "full": 1, "transactions": 1, "exact": 2, "memory": 1, "start": 1, "hosts": 7})
 
 
 @pytest.mark.browser
@@ -32,7 +32,7 @@ def test_quick_run_in_a_browser(tmp_path: Path) -> None:
 @pytest.mark.engine
 @pytest.mark.etcd
 @pytest.mark.parametrize(
-    ("name", "rows"), [("docker-run", 1), ("standby", 6), ("starts", 5), ("flood", 4), ("cost", 2)]
+    ("name", "rows"), [("docker-run", 1), ("standby", 6), ("starts", 5), ("flood", 4), ("cost", 2), ("containers", 11)]
 )
 def test_quick_run_on_a_lan(tmp_path: Path, name: str, rows: int) -> None:
     """The same for those that need a lab."""

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from . import docker_run, page, requests, size, wire
+from . import docker_run, load, page, requests, size, wire
 from .measure import FULL, QUICK, TABLE, Row, Scale, append, disk, file_system
 from .stage import Stage
 
@@ -28,6 +28,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     "starts": docker_run.starts,
     "flood": wire.flood,
     "cost": wire.cost,
+    "containers": load.containers,
+    "hosts": load.hosts,
 }
 
 

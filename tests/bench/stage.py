@@ -7,6 +7,7 @@ import ipaddress
 import json
 import os
 import random
+import re
 import secrets
 import socket
 import subprocess
@@ -261,3 +262,9 @@ def cpu_seconds(pid: int) -> float:
     """What a process has used of a processor (proc_pid_stat(5), utime and stime)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def received(metrics: str) -> dict[str, float]:
+    """What an etcd has received, by the call's name, from its metrics; of a stream, each message."""
+    found = re.findall(r'^grpc_server_msg_received_total{grpc_method="(\w+)".*} (\S+)$', metrics, re.MULTILINE)
+    return {name: float(number) for name, number in found}

@@ -9,7 +9,6 @@ import ipaddress
 import multiprocessing
 import os
 import random
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
@@ -23,7 +22,7 @@ from tests.lab.machines import DAEMON_SOCKET
 
 from .measure import Row, Samples, Scale
 from .requests import bare
-from .stage import Docker, Stage, cpu_seconds, rollup
+from .stage import Docker, Stage, cpu_seconds, received, rollup
 
 POOL = "198.18.0.0/16"
 """On every host's br0, beside the lab's own subnet, which is too small for what is asked for here."""
@@ -222,10 +221,10 @@ def standby(stage: Stage, scale: Scale) -> list[Row]:
 
 
 class Usage:
-    """What a host's daemon has used of a processor since, and what it asked of etcd."""
+    """What a host's daemon, or its dockerd with containerd, has used of a processor since."""
 
-    def __init__(self, host: Host) -> None:
-        self._processes = host.services["daemon"].family()
+    def __init__(self, host: Host, service: str = "daemon") -> None:
+        self._processes = host.services[service].family()
         self._before = self._used()
 
     def _used(self) -> float:
@@ -324,8 +323,7 @@ def cost(stage: Stage, scale: Scale) -> list[Row]:
 
 
 def calls(lab: Lab) -> dict[str, float]:
-    """What etcd has received, by the call's name; of a stream, each message."""
+    """What a lab's etcd has received."""
     request = "GET /metrics HTTP/1.0\r\n\r\n"
     answer = lab.etcd[0].node.run("busybox", "nc", "-w", "5", "127.0.0.1", "2379", stdin=request, timeout=10).stdout
-    found = re.findall(r'^grpc_server_msg_received_total{grpc_method="(\w+)".*} (\S+)$', answer, re.MULTILINE)
-    return {name: float(number) for name, number in found}
+    return received(answer.partition("\r\n\r\n")[2])

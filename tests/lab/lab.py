@@ -86,7 +86,8 @@ class Lab:
     - `bridge`: False gives a host's addresses to eth0 itself, without br0 (for macvlan on the NIC).
     - `dockerd`, `daemon`: whether they are started with the lab. `daemon_first`: in the order of a real
       boot (the default), or dockerd first.
-    - `daemon_command`: what is run as the daemon. `config`: keys of its config.yaml besides
+    - `daemon_command`: what is run as the daemon. `socket_unit`: its socket is there from the boot on, also while
+      no daemon runs, as with the installed units; else the daemon makes it. `config`: keys of its config.yaml besides
       etcd.endpoints; a function gets the host's number (from 1) and returns them.
     - `engine`: keys of dockerd's daemon.json. `engine_path`: a directory with another dockerd, containerd,
       runc, to be found before the installed ones.
@@ -106,6 +107,7 @@ class Lab:
         daemon: bool = False,
         daemon_first: bool = True,
         daemon_command: Sequence[str] = DAEMON,
+        socket_unit: bool = False,
         config: Mapping[str, Any] | Callable[[int], Mapping[str, Any]] | None = None,
         engine: Mapping[str, Any] | None = None,
         engine_path: str | None = None,
@@ -127,6 +129,7 @@ class Lab:
             "engine": engine or {},
             "engine_path": engine_path,
             "daemon": daemon_command,
+            "socket_unit": socket_unit,
         }
         self._config = config if callable(config) else lambda _: config or {}
         self._down = False

@@ -8,10 +8,12 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import tarfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ DOCKER_SOCKET = "/run/docker.sock"
 CONFIG = "/etc/ipam-plugin/config.yaml"
 SPEC = "/etc/docker/plugins/ipam-plugin.spec"
 FRAMES = (sys.executable, "-I", "-S", str(Path(__file__).with_name("frames.py")))
+ACTIVATE = (sys.executable, "-I", "-S", str(Path(__file__).with_name("activate.py")))
 METRICS = ("127.0.0.1", "9179")
 DAEMON = (sys.executable, "-m", "ipam_plugin", "serve", "--config", CONFIG)
 
@@ -315,6 +318,7 @@ class Host(Node):
         engine: Mapping[str, Any],
         engine_path: str | None,
         daemon: Sequence[str],
+        socket_unit: bool,
         config: Mapping[str, Any],
     ) -> None:
         super().__init__(name, directory)
@@ -331,6 +335,8 @@ class Host(Node):
         self._endpoints = list(endpoints)
         self._engine = dict(engine)
         self._engine_path = engine_path
+        self._socket_unit = socket_unit
+        self._listener: socket.socket | None = None
         self._config = dict(config)
         self._ran: set[str] = set()
         self._install()
@@ -410,6 +416,24 @@ class Host(Node):
             place = Place(self._place.number, MANAGEMENT)
             self.plug(self._management, "mgmt0", place.mac)
             self.ip("link set mgmt0 up", *place.lines("mgmt0"))
+        if self._socket_unit:
+            self._listener = self._listen()
+
+    def power_off(self) -> None:
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.close()
+        super().power_off()
+
+    def _listen(self) -> socket.socket:
+        """The daemon's socket, as systemd makes it from the socket unit: there before the daemon, and after it."""
+        path = Path(f"/proc/{self.pid}/root{DAEMON_SOCKET}")
+        path.parent.mkdir(mode=0o755)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(str(path))
+        path.chmod(0o600)
+        listener.listen(4096)
+        return listener
 
     def _bridge_lines(self) -> list[str]:
         return [
@@ -525,6 +549,13 @@ class Host(Node):
         """Starts `docker WORDS`; `.result(timeout)` waits for it."""
         return self.run_async(*self.docker_words(*words))
 
+    def docker_run(self, names: Iterable[str], *options: str, at_once: int = 8) -> None:
+        """`docker run -d OPTIONS --name NAME busybox` for each name, so many at a time."""
+        with ThreadPoolExecutor(at_once) as threads:
+            words = ("run", "-d", *options, "--name")
+            for _ in threads.map(lambda name: self.docker(*words, name, "busybox", timeout=300), names):
+                pass
+
     def api(self, method: str, path: str, body: Any = None, timeout: float = 60) -> Any:
         """One call of dockerd's API without the client. Raises LabError unless the status is 2xx."""
         data = None if body is None else json.dumps(body).encode()
@@ -592,7 +623,11 @@ class Host(Node):
         """
         # Out of the bounding set, because root gets at execve(2) all that is in there.
         less = ("setpriv", "--bounding-set", f"-{without}", "--inh-caps", f"-{without}") if without else ()
-        self.serve("daemon", *less, *self.daemon_command)
+        if self._listener is None:
+            self.serve("daemon", *less, *self.daemon_command)
+        else:
+            number = self._listener.fileno()
+            self.serve("daemon", *less, *ACTIVATE, str(number), "1", *self.daemon_command, pass_fds=[number])
         if wait:
             self.wait_daemon()
 

@@ -189,7 +189,9 @@ class Command:
 class Service:
     """A process that stays: etcd, dockerd, the daemon. Its output goes to a log file that survives it."""
 
-    def __init__(self, node: Node, name: str, argv: Sequence[str], env: Mapping[str, str], log: Path) -> None:
+    def __init__(
+        self, node: Node, name: str, argv: Sequence[str], env: Mapping[str, str], log: Path, pass_fds: Sequence[int]
+    ) -> None:
         self.name = name
         self.log = log
         self._node = node
@@ -202,6 +204,7 @@ class Service:
                 stdout=output,
                 stderr=output,
                 env=dict(env),
+                pass_fds=pass_fds,
                 start_new_session=True,
             )
         self.pid: int = until(self._find, 10, f"{node.name}: {name} was started")
@@ -397,13 +400,15 @@ class Node:
         """What a shell script prints."""
         return self.run("sh", "-c", script, timeout=timeout).stdout.strip()
 
-    def serve(self, name: str, *command: str, env: Mapping[str, str] | None = None) -> Service:
+    def serve(
+        self, name: str, *command: str, env: Mapping[str, str] | None = None, pass_fds: Sequence[int] = ()
+    ) -> Service:
         """Starts a service. Its log is `directory/NAME.log`."""
         old = self.services.get(name)
         if old is not None and old.alive:
             raise LabError(f"{self.name}: {name} runs already")
         log = self.directory / f"{name}.log"
-        service = Service(self, name, command, {**self.environment(), **(env or {})}, log)
+        service = Service(self, name, command, {**self.environment(), **(env or {})}, log, pass_fds)
         self.services[name] = service
         return service
 
