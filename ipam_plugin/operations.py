@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
+from ipam_plugin import decisions
 from ipam_plugin.addresses import Address, Network, Range, address_of, parse_address, parse_range
 from ipam_plugin.check import PoolKey, Register, Repair
 from ipam_plugin.errors import AddressTaken, Refused
@@ -303,15 +304,14 @@ class Operations:
             writes.append(Put(repair.key, encode(msgspec.structs.replace(value, **named))))
         else:
             writes.append(Delete(repair.key))
-        if repair.ended is not None and repair.ended.kind != STANDBY:  # that was given to nobody
+        after = value if isinstance(value, Lease) else None
+        if decisions.ends(repair.ended, after):
             segment, taken = segment_and_taken(repair.key.removeprefix(self._keys.leases))
             assert not isinstance(taken, Range)
-            past_key = self._keys.past(segment, taken)
-            found, _ = self._etcd.get_many([past_key], deadline=_deadline())
-            known = found[past_key]
-            expect[past_key] = known.revision if known else 0
-            past = _read(known.value if known else None, History) or History()
-            writes.append(Put(past_key, encode(remember(past, repair.ended, why, datetime.datetime.now(datetime.UTC)))))
+            assert repair.ended is not None
+            compared, history = self._remembering(segment, taken, repair.ended, why)
+            expect.update(compared)
+            writes.append(history)
         return self._commit(expect, writes, proof=repair.key if value is not None else None)
 
     def reserve(self, what: Range, segment: str, note: str) -> list[Found]:
@@ -340,8 +340,7 @@ class Operations:
         for found in self._attempts(segment, address):
             if found is not None and found.lease.kind not in (RESERVED, CONFLICT):
                 raise AddressTaken(f"{address} in segment {segment} is taken: {found.lease.told()}")
-            key = self._keys.lease(segment, address)
-            if self._commit({key: found.revision if found else 0}, [Put(key, encode(lease))], proof=key):
+            if self._replace(segment, address, found, lease):
                 break
         return []
 
@@ -354,8 +353,7 @@ class Operations:
         for found in self._attempts(segment, address):
             if found is not None and not (found.lease.kind == CONFLICT and found.lease.mac.lower() in macs):
                 return found.lease.told()
-            key = self._keys.lease(segment, address)
-            if self._commit({key: found.revision if found else 0}, [Put(key, encode(lease))], proof=key):
+            if self._replace(segment, address, found, lease):
                 return ""
         raise AssertionError("unreachable")
 
@@ -367,7 +365,7 @@ class Operations:
         # No program writes a lease of several addresses, whatever it says of its kind.
         reserved = [each for each in held if what.size() > 1 or each.lease.kind in (RESERVED, UNREADABLE)]
         for each in reserved:
-            if not self._commit({each.key: each.revision}, [Delete(each.key)]):
+            if not self._end(each, f"unreserved by {self._who}"):
                 raise Refused(f"{what} in segment {segment} has just changed; look again with: show {address}")
         if reserved:
             return
@@ -398,17 +396,7 @@ class Operations:
                     f"{address} in segment {segment} is held: {lease.told()}. Nothing here proves that it is free; when"
                     f" you know that {gone}, say --force"
                 )
-            past_key = self._keys.past(segment, address)
-            past, _ = self._etcd.get_many([past_key], deadline=_deadline())
-            known = past[past_key]
-            history = remember(
-                _read(known.value if known else None, History) or History(),
-                lease,
-                f"released by {self._who}",
-                datetime.datetime.now(datetime.UTC),
-            )
-            expect = {found.key: found.revision, past_key: known.revision if known else 0}
-            if self._commit(expect, [Delete(found.key), Put(past_key, encode(history))]):
+            if self._end(found, f"released by {self._who}"):
                 return lease
         raise AssertionError("unreachable")
 
@@ -416,11 +404,10 @@ class Operations:
         """Free what a host's daemon claimed ahead of need or keeps for stopped containers, when it is gone for good.
         Returns how many it was.
 
-        Nobody has it, and whoever had it stands in the history. One that has changed since it was read (a container
-        has got it) stays.
+        One that has changed since it was read (a container has got it) stays.
         """
         own = [each for each in self.leases() if each.lease.kind in (STANDBY, HELD) and each.lease.host == host]
-        return sum(self._commit({each.key: each.revision}, [Delete(each.key)]) for each in own)
+        return sum(self._end(each, f"host {host} was taken out of service") for each in own)
 
     def retire(self, name: str, force: bool, wait: float) -> Iterator[Settled]:
         """Have the living daemons free what a dead host had; each address as it is settled, for `wait` seconds.
@@ -515,6 +502,33 @@ class Operations:
                 return changed
 
     # ------------------------------------------------------------------------------------- reading
+
+    def _replace(self, segment: str, address: Address, found: Found | None, lease: Lease) -> bool:
+        """The lease in place of what was found, which its history tells of. False when that is there no more."""
+        key = self._keys.lease(segment, address)
+        expect, writes = {key: found.revision if found else 0}, [Put(key, encode(lease))]
+        if found is not None and decisions.ends(found.lease, lease):
+            compared, history = self._remembering(segment, address, found.lease, decisions.why_ended(lease))
+            expect.update(compared)
+            writes.append(history)
+        return self._commit(expect, writes, proof=key)
+
+    def _end(self, found: Found, why: str) -> bool:
+        """The key goes, and the history of its address says who had it. False when it has changed since."""
+        expect, writes = {found.key: found.revision}, [Delete(found.key)]
+        if found.taken.size() > 1 or not decisions.ends(found.lease, None):
+            return self._commit(expect, writes)
+        compared, history = self._remembering(found.segment, found.address, found.lease, why)
+        return self._commit(expect | compared, [*writes, history])
+
+    def _remembering(self, segment: str, address: Address, ended: Lease, why: str) -> tuple[dict[str, int], Put]:
+        """What the transaction that ends a lease compares and writes besides."""
+        key = self._keys.past(segment, address)
+        found, _ = self._etcd.get_many([key], deadline=_deadline())
+        known = found[key]
+        past = _read(known.value if known else None, History) or History()
+        now = datetime.datetime.now(datetime.UTC)
+        return {key: known.revision if known else 0}, Put(key, encode(remember(past, ended, why, now)))
 
     def _attempts(self, segment: str, address: Address) -> Iterator[Found | None]:
         """The lease as it is now, again and again, for a change that another one got ahead of."""

@@ -38,6 +38,7 @@ from ipam_plugin.model import (
     HELD,
     HOST,
     KINDS,
+    RESERVED,
     STANDBY,
     UNREADABLE,
     History,
@@ -108,6 +109,8 @@ ENDED_LATELY = 120.0  # seconds for which the MAC of an ended lease is no strang
 POINTS = 16  # tries to land on a free address, each a few binary searches
 RUMOURS = 4096  # addresses of a family that are skipped because of them; anybody on the LAN can make more
 ENDED_AT_ONCE = 1000  # so that nobody waits for the lock while many ends come at one time
+
+UNUSED = (HELD, RESERVED, UNREADABLE)  # kinds whose end lets no address rest: no container had it
 
 NO_SETTINGS = Settings(0, SegmentSettings(), "")
 
@@ -461,7 +464,7 @@ class View:
             self._report(key, f"cannot be read: {error}")
             return
         # While it was held nobody used it: it rests since its container stopped.
-        used = next((each for each in past if each.kind != HELD), None)
+        used = next((each for each in past if each.kind not in UNUSED), None)
         freed = parse_time(used.until) if used else None
         if used is not None and freed is not None:
             # Freed by a host whose clock is ahead, it still rests no longer than the cooldown.

@@ -51,7 +51,7 @@ ALLOWED = {
     "restoration": {"errors", "etcd", "ledger", "model", "view"},
     "retirement": {"decisions", "model"},
     "retire": {"addresses", "errors", "etcd", "ledger", "model", "neighbourhood", "retirement", "view"},
-    "operations": {"addresses", "check", "errors", "etcd", "model"},
+    "operations": {"addresses", "check", "decisions", "errors", "etcd", "model"},
     "host": {"errors", "etcd", "interfaces", "model", "register", "view"},
     "app": {"errors", "metrics", "model", "protocol"},
     "daemon": {

@@ -481,8 +481,9 @@ def test_uninstall_gives_this_hosts_standby_back(uninstall: Callable[[], list[st
         lan.put(f"{KEYS.leases}{place}", json.dumps(lease))
     lan.put(f"{KEYS.leases}default/192.168.1.7", "junk")
     assert uninstall() == ["standby and held addresses of host a given back: 4"]
-    left = [key.removeprefix(KEYS.leases) for key in sorted(lan.keys())]
+    left = [key.removeprefix(KEYS.leases) for key in sorted(lan.under(KEYS.leases))]
     assert left == [f"default/192.168.1.{number}" for number in (4, 5, 6, 7)]
+    assert list(lan.under(KEYS.history)) == [f"{KEYS.history}lab/192.168.1.4"], "only the hold was somebody's"
 
 
 def test_a_standby_that_a_container_just_got_stays(uninstall: Callable[[], list[str]], lan: Lan) -> None:
