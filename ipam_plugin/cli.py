@@ -31,8 +31,10 @@ from ipam_plugin.addresses import Address, Network, Range, parse_address, parse_
 from ipam_plugin.check import Difference, World
 from ipam_plugin.config import Config, find, load
 from ipam_plugin.errors import ConfigError, DockerUnavailable, IpamError, ProbeFailed, Refused
+from ipam_plugin.explain import Explanation, Facts, Journalled, Local, explain
+from ipam_plugin.journal import work_in
 from ipam_plugin.model import CONFLICT, KINDS, NAME, Keys, Lease, SegmentSettings
-from ipam_plugin.operations import Explanation, Known, Operations, plain
+from ipam_plugin.operations import Known, Operations, plain
 from ipam_plugin.vendors import vendor_of
 
 if TYPE_CHECKING:
@@ -205,50 +207,83 @@ def _is_of(lease: Lease, host: str) -> bool:
 
 @cli.command()
 @click.argument("address", type=_AddressType())
+@click.option("--wire", is_flag=True, help="Ask the wire as well: by root, on a machine of that LAN.")
 @segment_option
 @output_option
 @_with_operations
-def show(ops: Operations, config: Config, address: Address, segment: str | None, output: str) -> None:
-    """Say who has ADDRESS, since when, why it is not given, and who had it."""
-    explained = ops.explain(address, segment, config.segment)
+def show(ops: Operations, config: Config, address: Address, wire: bool, segment: str | None, output: str) -> None:
+    """Say who has ADDRESS or why it is not given, and who had it, from when to when, and why that ended.
+
+    On a Docker host its journal is looked at, too: what was given or released while etcd was away.
+    """
+    facts = ops.facts(address, segment, config.segment, functools.partial(_local, config))
+    facts = [each._replace(journal=_journalled(config, each)) for each in facts]
+    if wire:
+        facts = [each._replace(wire=_on_the_wire(ops, config, each)) for each in facts]
+    explained = [explain(each) for each in facts]
+    told = explained if segment else [each for each in explained if each.known]
+    told = told or [each for each in explained if each.segment == config.segment]
     if output == "json":
         _json(
             [
                 {
                     "segment": each.segment,
                     "address": str(each.address),
+                    "verdict": each.verdict.value,
                     "lease": plain(each.lease) if each.lease else None,
                     "reasons": each.reasons,
+                    "notes": each.notes,
                     "history": plain(each.past),
                 }
-                for each in explained
+                for each in told
             ]
         )
         return
-    for each in explained:
-        for line in _explain(each):
+    for each in told:
+        for line in _explained(each):
             click.echo(_clean(line))
 
 
-def _explain(each: Explanation) -> Iterable[str]:
-    where = f"{each.address} in segment {each.segment}"
-    if each.lease is not None:
-        yield f"{where} is taken ({each.lease.kind}): {each.lease.told()}"
-        if each.lease.pool:
-            yield f"  pool {each.lease.pool}"
-        for holder in each.lease.holders:
-            yield f"  used by host {holder.host}, pool {holder.pool}"
-    elif each.reasons:
-        yield f"{where} has no lease, and is not given:"
-    else:
-        yield f"{where} is free"
-    for reason in each.reasons:
-        yield f"  {reason}"
+def _explained(each: Explanation) -> Iterable[str]:
+    yield each.headline
+    for line in (*each.reasons, *each.notes):
+        yield f"  {line}"
     for past in each.past:
-        who = " ".join(
-            filter(None, [past.kind, past.container.name if past.container else "", past.host and f"on {past.host}"])
-        )
-        yield f"  before: {who}{f' (MAC {past.mac})' if past.mac else ''}, {past.since} to {past.until}, {past.why}"
+        when = f"{past.since or 'an unknown time'} to {past.until or 'an unknown time'}"
+        yield f"  before: {past.who()}, {when}{f': {past.why}' if past.why else ''}"
+
+
+def _local(config: Config, segment: str) -> Local:
+    told = config.for_segment(segment)
+    return Local(
+        exclude=tuple(map(parse_range, told.exclude)),
+        routers=tuple(map(parse_address, told.router)),
+        cooldown=told.cooldown,
+        probation=told.probation,
+    )
+
+
+def _journalled(config: Config, facts: Facts) -> Journalled | None:
+    """What this host's journal has of the address, where it is a Docker host and this user may read it."""
+    try:
+        work = work_in((Path(config.state_dir) / "journal").read_bytes())
+    except OSError:
+        return None
+    found = [each for each in work if (each.segment, each.address) == (facts.segment, facts.address)]
+    return Journalled(found[0].what, found[0].lease) if found else None
+
+
+def _on_the_wire(ops: Operations, config: Config, facts: Facts) -> tuple[str, ...] | str:
+    """Who answers for the address, or why that cannot be told."""
+    from ipam_plugin import scan as scanning
+
+    scanning.require_rights()
+    own = {pool.subnet for pool in facts.pools}
+    found, unheard = _ask_wire(ops, config, facts.segment, [facts.address], own, 100)
+    answer = found.get((facts.segment, facts.address))
+    if answer is not None:
+        return answer
+    return "; ".join(why for _, why in unheard) or "no network in use has it in its subnet"
 
 
 @cli.command()
@@ -731,47 +766,66 @@ class _Look:
             return wire, unheard
         try:
             scanning.require_rights()
-            addresses, links = scanning.interfaces_of_this_machine()
         except ProbeFailed as error:
             return wire, [("", str(error))]
+        own = {each.pool.subnet for each in world.register.pools if each.host == world.host and each.pool}
         for segment in dict.fromkeys(segment for segment, _ in places):
-            known = self._ops.known(segment)
             wanted = [address for each, address in places if each == segment]
-            of_pools = self._ops.subnets(segment)
-            own = {each.pool.subnet for each in world.register.pools if each.host == world.host and each.pool}
-            for subnet in sorted(of_pools, key=lambda each: -each.prefixlen):
-                inside = [each for each in wanted if each in subnet]
-                wanted = [each for each in wanted if each not in subnet]
-                if not inside:
-                    continue
-                named = of_pools[subnet] or self._config.for_segment(segment).interface or ""
-                try:
-                    target = scanning.target(subnet, addresses, links, named, known.host_macs, whole=False)
-                    with _progress(f"{subnet} on {target.interface}") as progress:
-                        report = scanning.ask(
-                            target,
-                            inside,
-                            rate=self._rate,
-                            taken={*known.addresses, *inside},
-                            peers=known.peers,
-                            progress=progress,
-                        )
-                except (Refused, ProbeFailed) as error:
-                    if subnet in own:  # else it is no LAN of this host
-                        unheard.append((segment, str(error)))
-                    continue
-                if report.trouble:
-                    unheard.append((segment, f"{subnet}: {report.trouble}"))
-                unheard += [
-                    (segment, f"MAC {mac} on {target.interface} answers for everything (proxy ARP)")
-                    for mac in report.proxies
-                ]
-                for address in {*inside, *report.macs}:
-                    told = report.macs.get(address, ())
-                    macs = tuple(mac for mac in told if mac not in report.proxies)
-                    silent = not told and not report.trouble
-                    wire[segment, address] = macs if macs or silent else None
+            answers, why = _ask_wire(self._ops, self._config, segment, wanted, own, self._rate)
+            wire |= answers
+            unheard += why
         return wire, unheard
+
+
+def _ask_wire(
+    ops: Operations, config: Config, segment: str, wanted: Sequence[Address], own: Collection[Network], rate: int
+) -> tuple[dict[checking.Place, checking.Answer], list[tuple[str, str]]]:
+    """Who answers for these addresses, and the segment with the reason where that is not known of all.
+
+    Only of the subnets `own` this host must know: others may be no LAN of its.
+    """
+    from ipam_plugin import scan as scanning
+
+    wire: dict[checking.Place, checking.Answer] = {}
+    unheard: list[tuple[str, str]] = []
+    try:
+        addresses, links = scanning.interfaces_of_this_machine()
+    except ProbeFailed as error:
+        return wire, [(segment, str(error))]
+    known = ops.known(segment)
+    of_pools = ops.subnets(segment)
+    for subnet in sorted(of_pools, key=lambda each: -each.prefixlen):
+        inside = [each for each in wanted if each in subnet]
+        wanted = [each for each in wanted if each not in subnet]
+        if not inside:
+            continue
+        named = of_pools[subnet] or config.for_segment(segment).interface or ""
+        try:
+            target = scanning.target(subnet, addresses, links, named, known.host_macs, whole=False)
+            with _progress(f"{subnet} on {target.interface}") as progress:
+                report = scanning.ask(
+                    target,
+                    inside,
+                    rate=rate,
+                    taken={*known.addresses, *inside},
+                    peers=known.peers,
+                    progress=progress,
+                )
+        except (Refused, ProbeFailed) as error:
+            if subnet in own:
+                unheard.append((segment, str(error)))
+            continue
+        if report.trouble:
+            unheard.append((segment, f"{subnet}: {report.trouble}"))
+        unheard += [
+            (segment, f"MAC {mac} on {target.interface} answers for everything (proxy ARP)") for mac in report.proxies
+        ]
+        for address in {*inside, *report.macs}:
+            told = report.macs.get(address, ())
+            macs = tuple(mac for mac in told if mac not in report.proxies)
+            silent = not told and not report.trouble
+            wire[segment, address] = macs if macs or silent else None
+    return wire, unheard
 
 
 @contextlib.contextmanager

@@ -44,6 +44,7 @@ HELD = "held"  # kept for a container that stopped
 UNREADABLE = "unreadable"  # never written: how a value that this program cannot read is shown; taken all the same
 
 KINDS = (ENDPOINT, HOST, ROUTER, RESERVED, CONFLICT, STANDBY, HELD)
+UNUSED = (HELD, RESERVED, UNREADABLE)  # kinds after whose end an address need not rest: no container had it
 
 
 # ---------------------------------------------------------------------------------------------- pools

@@ -19,6 +19,7 @@ from ipam_plugin.addresses import Address, Network, Range, address_of, parse_add
 from ipam_plugin.check import PoolKey, Register, Repair
 from ipam_plugin.errors import AddressTaken, Refused
 from ipam_plugin.etcd import Commit, Delete, KeyValue, Put
+from ipam_plugin.explain import Facts, Local, carries, forbidding
 from ipam_plugin.model import (
     CONFLICT,
     ENDPOINT,
@@ -37,7 +38,6 @@ from ipam_plugin.model import (
     PoolUse,
     Reservation,
     SegmentSettings,
-    Tenancy,
     decode,
     encode,
     read_lease,
@@ -106,16 +106,6 @@ class PoolLine(NamedTuple):
     leases: int  # of containers
 
 
-class Explanation(NamedTuple):
-    """All that is known of one address in one segment."""
-
-    segment: str
-    address: Address
-    lease: Lease | None
-    reasons: list[str]  # why it would not be given though it has no lease
-    past: tuple[Tenancy, ...]
-
-
 class Judged(NamedTuple):
     """What the register says of a machine that answers for an address."""
 
@@ -166,7 +156,7 @@ class Known:
             known = host or (lease.kind != STANDBY and lease.mac.lower() in ("", mac))
             return Judged(lease, False, lease.told() + ("" if known else ", but another machine answers"))
         reasons = [f"the etcd key {each.key!a} takes it" for each in self._ranges if each.taken.contains(address)]
-        reasons += _forbidding(self._segment, self._settings, address)
+        reasons += forbidding(self._segment, self._settings, address)
         host = host or self._host_addresses.get(str(address), "")
         if host:
             reasons.append(f"Docker host {host} itself")
@@ -189,33 +179,60 @@ class Operations:
         found = list(filter(None, map(self._found, self._list(prefix))))
         return sorted(found, key=lambda each: (each.segment, *each.taken))
 
-    def explain(self, address: Address, segment: str | None, default: str) -> list[Explanation]:
-        """In the segment named, or else wherever something is known of the address, or else in the default one."""
-        leases = [each for each in self.leases(segment) if each.taken.contains(address)]
-        hosts = [
-            (line.host.segments, f"it is an address of Docker host {line.name} itself ({each.interface})")
-            for line in self.hosts()
-            if line.host
-            for each in line.host.addresses
-            if each.address == str(address)
-        ]
+    def facts(
+        self,
+        address: Address,
+        segment: str | None,
+        default: str,
+        local: Callable[[str], Local] = lambda segment: Local(),
+    ) -> list[Facts]:
+        """What is known of an address: in the segment named, or else in each that may know of it. `local` is what the
+        configuration of this machine says of a segment."""
+        taking = [each for each in self.leases(segment) if each.taken.contains(address)]
         settings = self.segments()
-        in_use = {line.pool.segment for line in self.pools() if line.pool}
-        theirs = {each for segments, _ in hosts for each in segments}
-        known = {each.segment for each in leases} | set(settings) | in_use | theirs | {default}
-        names = {segment} if segment else known
-        explained = []
+        pools = {each.id: each for each in self._pools_in_use()}.values()
+        records = {each.key.removeprefix(self._keys.hosts): each.value for each in self._list(self._keys.hosts)}
+        hosts = {name: host for name, value in records.items() if (host := _read(value, Host))}
+        beats = {each.key.removeprefix(self._keys.alive): each.value for each in self._list(self._keys.alive)}
+        alive = {name: _read(value, Alive) or Alive(name, "", "", "") for name, value in beats.items()}
+        theirs = {each for host in hosts.values() for each in host.segments if carries(host, address)}
+        in_use = {each.segment for each in pools}
+        names = {segment} if segment else {each.segment for each in taking} | {*settings, default} | in_use | theirs
+        found = []
         for name in sorted(names):
-            here = [each for each in leases if each.segment == name]
-            held = next((each.lease for each in here if each.taken.size() == 1), None)
-            by_hand = [f"the etcd key {each.key!a} takes it" for each in here if each.taken.size() > 1]
-            own = [said for segments, said in hosts if not segments or name in segments]
-            reasons = [*_forbidding(name, settings.get(name), address), *by_hand, *own]
-            past = self._value(self._keys.past(name, address), History)
-            explained.append(Explanation(name, address, held, reasons, past.past if past else ()))
-        everywhere = [said for segments, said in hosts if not segments]
-        told = [each for each in explained if segment or each.lease or each.reasons != everywhere or each.past]
-        return told or [each for each in explained if each.segment == default]
+            lease, past = self._at_once(name, address)
+            canonical = self._keys.lease(name, address)
+            others = [each for each in taking if each.segment == name and each.key != canonical]
+            alone = next((each.lease for each in others if each.taken.size() == 1), None)
+            found.append(
+                Facts(
+                    segment=name,
+                    address=address,
+                    lease=lease or alone,
+                    by_hand=[each.key for each in others],
+                    settings=settings.get(name),
+                    hosts=hosts,
+                    alive=alive,
+                    pools=[each for each in pools if each.segment == name],
+                    past=past.past if past else (),
+                    local=local(name),
+                    now=time.time(),
+                )
+            )
+        return found
+
+    def _at_once(self, segment: str, address: Address) -> tuple[Lease | None, History | None]:
+        """The lease of an address and its history, of one moment: who ended is in the one or in the other."""
+        keys = [self._keys.lease(segment, address), self._keys.past(segment, address)]
+        found, _ = self._etcd.get_many(keys, deadline=_deadline())
+        lease, past = (found[key] for key in keys)
+        return read_lease(lease.value) if lease else None, _read(past.value if past else None, History)
+
+    def _pools_in_use(self) -> Iterator[Pool]:
+        for each in self._etcd.list(self._keys.pools, deadline=_deadline(), keys_only=True)[0]:
+            pool = _pool(each.key.removeprefix(self._keys.pools).rpartition("/")[0])
+            if pool is not None:
+                yield pool
 
     def hosts(self) -> list[HostLine]:
         known = {each.key.removeprefix(self._keys.hosts): each.value for each in self._list(self._keys.hosts)}
@@ -549,11 +566,6 @@ class Operations:
     def _list(self, prefix: str) -> list[KeyValue]:
         return self._etcd.list(prefix, deadline=_deadline())[0]
 
-    def _value(self, key: str, kind: type[T]) -> T | None:
-        found, _ = self._etcd.get_many([key], deadline=_deadline())
-        each = found[key]
-        return _read(each.value if each else None, kind)
-
     def _commit(self, expect: Mapping[str, int], writes: Sequence[Put | Delete], proof: str | None = None) -> bool:
         return self._etcd.commit(expect, writes, deadline=_deadline(), proof=proof).applied
 
@@ -563,23 +575,6 @@ def _address(text: str) -> Address | None:
         return parse_address(text)
     except ValueError:
         return None
-
-
-def _forbidding(segment: str, settings: SegmentSettings | str | None, address: Address) -> list[str]:
-    if settings is None:
-        return []
-    if isinstance(settings, str):
-        return [f"the settings of segment {segment} cannot be read, so nothing is given out in it: {settings}"]
-    reasons = [f"it is excluded ({text})" for text in settings.exclude if parse_range(text).contains(address)]
-    for each in settings.reserved:
-        if parse_range(each.range).contains(address):
-            by = f" by {each.by}" if each.by else ""
-            reasons.append(f"it is reserved{by} ({each.range}){f': {each.note}' if each.note else ''}")
-    if any(parse_range(text).contains(address) for text in settings.moving):
-        reasons.append("it moves between machines")
-    if address in settings.routers():
-        reasons.append("it is the segment's router")
-    return reasons
 
 
 def _without_range(settings: SegmentSettings, what: Range, segment: str) -> SegmentSettings:

@@ -38,9 +38,9 @@ from ipam_plugin.model import (
     HELD,
     HOST,
     KINDS,
-    RESERVED,
     STANDBY,
     UNREADABLE,
+    UNUSED,
     History,
     Host,
     Keys,
@@ -109,8 +109,6 @@ ENDED_LATELY = 120.0  # seconds for which the MAC of an ended lease is no strang
 POINTS = 16  # tries to land on a free address, each a few binary searches
 RUMOURS = 4096  # addresses of a family that are skipped because of them; anybody on the LAN can make more
 ENDED_AT_ONCE = 1000  # so that nobody waits for the lock while many ends come at one time
-
-UNUSED = (HELD, RESERVED, UNREADABLE)  # kinds whose end lets no address rest: no container had it
 
 NO_SETTINGS = Settings(0, SegmentSettings(), "")
 

@@ -51,7 +51,8 @@ ALLOWED = {
     "restoration": {"errors", "etcd", "ledger", "model", "view"},
     "retirement": {"decisions", "model"},
     "retire": {"addresses", "errors", "etcd", "ledger", "model", "neighbourhood", "retirement", "view"},
-    "operations": {"addresses", "check", "decisions", "errors", "etcd", "model"},
+    "explain": {"addresses", "model"},
+    "operations": {"addresses", "check", "decisions", "errors", "etcd", "explain", "model"},
     "host": {"errors", "etcd", "interfaces", "model", "register", "view"},
     "app": {"errors", "metrics", "model", "protocol"},
     "daemon": {
@@ -60,8 +61,8 @@ ALLOWED = {
         "restoration", "retire", "standby", "vendors", "view", "wire",
     },
     "cli": {
-        "addresses", "check", "config", "daemon", "dockerd", "errors", "evidence", "host", "install", "model",
-        "operations", "scan", "vendors",
+        "addresses", "check", "config", "daemon", "dockerd", "errors", "evidence", "explain", "host", "install",
+        "journal", "model", "operations", "scan", "vendors",
     },
 }  # fmt: skip
 
@@ -110,6 +111,7 @@ PURE = {
     "evidence": {"collections", "enum", "typing"},
     "retirement": {"collections", "typing"},
     "check": {"collections", "datetime", "typing"},
+    "explain": {"collections", "datetime", "enum", "typing"},
 }
 CLOCKS = {"now", "utcnow", "today", "time", "monotonic"}
 

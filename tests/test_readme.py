@@ -402,7 +402,7 @@ def what_answers_stays(lan: Lan, said: dict[str, str]) -> None:
 
 def the_address_is_free(lan: Lan, said: dict[str, str]) -> None:
     assert "host host3 is out of the register" in said["host1"]
-    until(lambda: " is free\n" in lan.hosts["host2"]("ipam-plugin show 192.168.77.13").stdout, 10, "a free address")
+    until(lambda: " is free" in lan.hosts["host2"]("ipam-plugin show 192.168.77.13").stdout, 10, "a free address")
 
 
 def files(host: BootedHost) -> list[str]:
