@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ipam_plugin import __version__
+from ipam_plugin import adopt as adopting
 from ipam_plugin import check as checking
 from ipam_plugin.addresses import Address, Network, Range, parse_address, parse_network, parse_range
 from ipam_plugin.check import Difference, World
@@ -38,8 +39,10 @@ from ipam_plugin.operations import Known, Operations, plain
 from ipam_plugin.vendors import vendor_of
 
 if TYPE_CHECKING:
+    from ipam_plugin.adopt import Proposal
     from ipam_plugin.dockerd import Dockerd
     from ipam_plugin.evidence import Look as DockerLook
+    from ipam_plugin.evidence import OtherNetwork, Others
     from ipam_plugin.scan import Report, Target
 
 EMBEDDED_DATA = Path("/var/lib/ipam-plugin/etcd")
@@ -615,6 +618,172 @@ def _judged(
 
 
 @cli.command()
+@click.argument("networks", nargs=-1, metavar="[NETWORK]...")
+@click.option("--apply", "write", is_flag=True, help="Write what is proposed, but for the conflicts.")
+@click.option("--rate", type=click.IntRange(1, MOST_RATE), default=100, show_default=True, help="Requests in a second.")
+@segment_option
+@output_option
+@_with_operations
+def adopt(
+    ops: Operations,
+    config: Config,
+    networks: tuple[str, ...],
+    write: bool,
+    rate: int,
+    segment: str | None,
+    output: str,
+) -> None:
+    """Propose what the register needs before Docker NETWORKs [all on a LAN] are switched over to this driver.
+
+    Their containers' addresses are kept for these containers, those of other machines that answer on the wire are
+    reserved, and conflicts are named. Nothing is written without --apply. Needs root on the Docker host; its
+    containers run on. Exit status 1 when something has to be cured first.
+    """
+    from ipam_plugin import scan as scanning
+    from ipam_plugin.dockerd import Dockerd
+
+    host, name = _own_name(config), segment or config.segment
+    scanning.require_rights()
+    with contextlib.closing(Dockerd(config.docker.socket)) as dockerd:
+        others = dockerd.others()
+    addresses, links = scanning.interfaces_of_this_machine()
+    chosen = _chosen(others, networks, links)
+    ids = {each.id for each in chosen}
+    wire, unheard = _machines_beside(ops, config, name, chosen, addresses, links, rate)
+    world = adopting.World(
+        host=host,
+        segment=name,
+        default_segment=config.segment,
+        register=ops.register(),
+        networks=chosen,
+        bearers=[each for each in others.bearers if each.network_id in ids],
+        carried=addresses,
+        links=links,
+        wire=wire,
+        unheard=unheard,
+    )
+    proposals = adopting.propose(world, vendor_of)
+    written, failed = _write_all(ops, name, proposals) if write else (set(), [])
+    if output == "json":
+        _json(
+            [
+                {**{part: getattr(each, part) for part in _PROPOSED}, "written": number in written}
+                for number, each in enumerate(proposals)
+            ]
+        )
+    else:
+        _table(
+            ["ADDRESS", "KIND", "CONTAINER", "MAC", "WHAT"],
+            (
+                [
+                    each.address,
+                    each.kind,
+                    each.container,
+                    each.mac,
+                    f"{each.what}{each.cure and f'. Cure: {each.cure}'}",
+                ]
+                for each in proposals
+            ),
+        )
+    for line in failed:
+        click.echo(_clean(line), err=True)
+    stops = sum(each.stops for each in proposals)
+    wanted = sum(each.write is not None for each in proposals)
+    said = f"{len(written)} of {wanted} written" if write else f"{wanted} to be written with --apply"
+    click.echo(f"{len(proposals)} found: {said}, {stops} to be cured first", err=True)
+    if stops or failed:
+        sys.exit(1)
+    if write and output == "table":
+        for network in chosen:
+            click.echo(_clean(f"To switch network {network.name} over, type:"))
+            for line in adopting.switch(world, network):
+                click.echo(_clean(f"  {line}"))
+
+
+_PROPOSED = ("address", "kind", "container", "mac", "what", "cure")
+
+
+def _chosen(others: Others, named: Sequence[str], links: Sequence[Any]) -> list[OtherNetwork]:
+    """The networks that are adopted; why others are not is said on stderr."""
+    there = {each.name: each for each in others.networks}
+    unknown = [name for name in named if name not in there]
+    if unknown:
+        known = ", ".join(sorted(there)) or "none"
+        raise Refused(
+            f"there is no network {', '.join(unknown)} of driver bridge, macvlan or ipvlan here whose addresses another"
+            f" IPAM driver gives; these are: {known}"
+        )
+    chosen = []
+    for name, network in there.items():
+        why = adopting.why_no_lan(network, links)
+        if (name in named) if named else not why:
+            chosen.append(network)
+        elif not named:
+            click.echo(_clean(f"network {name} is left alone: {why}"), err=True)
+    if not chosen:
+        raise Refused("no network of this host is on a LAN and has its addresses from another IPAM driver")
+    return chosen
+
+
+def _machines_beside(
+    ops: Operations,
+    config: Config,
+    segment: str,
+    networks: Sequence[OtherNetwork],
+    addresses: Sequence[Any],
+    links: Sequence[Any],
+    rate: int,
+) -> tuple[dict[Address, Sequence[str]], list[tuple[str, str]]]:
+    """Who answers in the subnets of these networks, and the subnets of which that is not known, with the reason."""
+    from ipam_plugin import scan as scanning
+
+    known = ops.known(segment)
+    unheard: list[tuple[str, str]] = []
+    targets = []
+    for network in networks:
+        for subnet in adopting.subnets_of(network):
+            try:
+                targets.append(scanning.target(subnet, addresses, links, network.interface, known.host_macs))
+            except Refused as error:
+                unheard.append((str(subnet), str(error)))
+    found: dict[Address, Sequence[str]] = {}
+    for target in scanning.without_parts(targets):
+        try:
+            with _progress(f"{target.subnet} on {target.interface}") as progress:
+                report = scanning.scan(target, rate=rate, peers=known.peers, known=known.addresses, progress=progress)
+        except ProbeFailed as error:
+            unheard.append((str(target.subnet), str(error)))
+            continue
+        if report.broken_off:
+            raise click.Abort
+        if report.trouble:
+            unheard.append((str(target.subnet), report.trouble))
+        for mac, count in report.proxies.items():
+            unheard.append((str(target.subnet), f"MAC {mac} answers for {count} addresses (proxy ARP)"))
+        for address, macs in report.macs.items():
+            found[address] = [mac for mac in macs if mac not in report.proxies]
+    return found, unheard
+
+
+def _write_all(ops: Operations, segment: str, proposals: Sequence[Proposal]) -> tuple[set[int], list[str]]:
+    """Which of the proposals were written, by their place in the list; what was not, and why."""
+    written: set[int] = set()
+    failed: list[str] = []
+    for number, each in enumerate(proposals):
+        if each.write is None:
+            continue
+        try:
+            if ops.adopt(segment, each.write):
+                written.add(number)
+            else:
+                failed.append(f"{each.address} has just changed, and was not written; the same again")
+        except IpamError as error:  # what was written until now must be said all the same
+            failed.append(f"{each.address} and what follows it was not written: {error}")
+            break
+    return written, failed
+
+
+@cli.command()
 @click.option("--repair", "mend", is_flag=True, help="Mend what is provably safe, and say what is left.")
 @click.option("--rate", type=click.IntRange(1, MOST_RATE), default=100, show_default=True, help="Requests in a second.")
 @output_option
@@ -908,7 +1077,7 @@ def _give_back_standby(config_path: str | None) -> Iterator[str]:
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in columns:
-        table.add_column(column, no_wrap=column not in ("NOTE", "REGISTER"), overflow="fold")
+        table.add_column(column, no_wrap=column not in ("NOTE", "REGISTER", "WHAT"), overflow="fold")
     widths = [len(column) for column in columns]
     for row in rows:
         cells = [_short(_clean(cell)) for cell in row]

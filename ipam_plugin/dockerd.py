@@ -12,8 +12,8 @@ import contextlib
 import ipaddress
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import docker
 import docker.errors
@@ -21,10 +21,12 @@ import requests
 
 from ipam_plugin.addresses import Address, parse_address
 from ipam_plugin.errors import DockerUnavailable
-from ipam_plugin.evidence import Attachment, Known, Look, Network
+from ipam_plugin.evidence import Attachment, Bearer, Known, Look, Network, OtherNetwork, Others, OtherSubnet
 
 TIMEOUT = 10.0  # seconds for one answer of the engine
 DRIVER = "ipam-plugin"
+ON_A_LAN = ("bridge", "macvlan", "ipvlan")  # drivers of networks whose containers can be on a physical LAN
+T = TypeVar("T")
 
 
 class Dockerd:
@@ -38,10 +40,18 @@ class Dockerd:
 
     def look(self) -> Look:
         """What the engine has now. Raises DockerUnavailable when any part of it is missing."""
+        return self._ask(self._look)
+
+    def others(self) -> Others:
+        """The networks whose addresses are another driver's, with their containers. Raises as `look` does."""
+        return self._ask(self._look_elsewhere)
+
+    def _ask(self, question: Callable[[], T]) -> T:
         with self._lock:
-            began = time.monotonic()
             try:
-                return self._look(began)
+                if self._client is None:
+                    self._client = docker.APIClient(f"unix://{self._socket}", version="auto", timeout=self._timeout)
+                return question()
             except (docker.errors.DockerException, requests.RequestException, OSError) as error:
                 self._drop_client()  # the next engine behind this socket may speak another version
                 raise DockerUnavailable(f"dockerd at {self._socket} does not answer: {_first_line(error)}") from None
@@ -61,9 +71,16 @@ class Dockerd:
             with contextlib.suppress(OSError):
                 client.close()
 
-    def _look(self, began: float) -> Look:
-        if self._client is None:
-            self._client = docker.APIClient(f"unix://{self._socket}", version="auto", timeout=self._timeout)
+    def _look_elsewhere(self) -> Others:
+        networks = {
+            each["Id"]: _other(each)
+            for each in self._client.networks()
+            if each["Driver"] in ON_A_LAN and (each["IPAM"] or {}).get("Driver") != DRIVER
+        }
+        return Others(tuple(networks.values()), tuple(_bearers(self._client.containers(all=True), networks)))
+
+    def _look(self) -> Look:
+        began = time.monotonic()
         engine = self._client.info()["ID"]
         # The containers first: what starts meanwhile is then in the networks' own list.
         containers = self._client.containers(all=True)
@@ -105,6 +122,61 @@ def _network(told: Mapping[str, Any]) -> Network:
         subnets=tuple((each.get("Subnet", ""), each.get("IPRange", "")) for each in ipam.get("Config") or ()),
         options=dict(ipam.get("Options") or {}),
     )
+
+
+def _other(told: Mapping[str, Any]) -> OtherNetwork:
+    options = dict(told.get("Options") or {})
+    bridge = options.get("com.docker.network.bridge.name") or f"br-{told['Id'][:12]}"
+    return OtherNetwork(
+        id=told["Id"],
+        name=told["Name"],
+        driver=told["Driver"],
+        interface=bridge if told["Driver"] == "bridge" else options.get("parent", ""),
+        subnets=tuple(
+            OtherSubnet(
+                each.get("Subnet", ""),
+                each.get("IPRange", ""),
+                each.get("Gateway", ""),
+                # Named AuxiliaryAddresses in older answers, AuxAddress in others.
+                dict(each.get("AuxiliaryAddresses") or each.get("AuxAddress") or {}),
+            )
+            for each in told["IPAM"].get("Config") or ()
+        ),
+        options=options,
+        labels=dict(told.get("Labels") or {}),
+        ipv6=bool(told.get("EnableIPv6")),
+        internal=bool(told.get("Internal")),
+        attachable=bool(told.get("Attachable")),
+    )
+
+
+def _bearers(containers: list[Mapping[str, Any]], networks: Mapping[str, OtherNetwork]) -> Iterator[Bearer]:
+    """Those that run with the addresses that they have; those that do not with the ones that they ask for."""
+    by_name = {each.name: each.id for each in networks.values()}
+    for container in containers:
+        runs = _runs(container)
+        for name, endpoint in _endpoints(container).items():
+            # One that was never started does not know its network's ID yet.
+            network = networks.get(endpoint.get("NetworkID") or by_name.get(name, ""))
+            if network is None:
+                continue
+            asked = endpoint.get("IPAMConfig") or {}
+            wanted = [asked.get("IPv4Address"), asked.get("IPv6Address")]
+            has = [endpoint.get("IPAddress"), endpoint.get("GlobalIPv6Address")] if runs else wanted
+            fixed = {parse_address(text) for text in wanted if text}
+            found: list[Address | None] = [parse_address(text) for text in has if text]
+            for address in found or [None]:
+                yield Bearer(
+                    network_id=network.id,
+                    network=network.name,
+                    address=address,
+                    mac=endpoint.get("MacAddress", "").lower() if runs else "",
+                    container_id=container["Id"],
+                    container=_name(container),
+                    image=container.get("Image", ""),
+                    running=runs,
+                    fixed=address in fixed,
+                )
 
 
 def _of_networks(details: list[Mapping[str, Any]]) -> Iterator[Attachment]:

@@ -16,6 +16,8 @@ import msgspec
 
 from ipam_plugin import decisions
 from ipam_plugin.addresses import Address, Network, Range, address_of, parse_address, parse_range
+from ipam_plugin.adopt import Write
+from ipam_plugin.check import Found as FoundLease
 from ipam_plugin.check import PoolKey, Register, Repair
 from ipam_plugin.errors import AddressTaken, Refused
 from ipam_plugin.etcd import Commit, Delete, KeyValue, Put
@@ -374,6 +376,14 @@ class Operations:
                 return ""
         raise AssertionError("unreachable")
 
+    def adopt(self, segment: str, write: Write) -> bool:
+        """Write what `adopt` proposes. False, and nothing was written, when the address has changed since."""
+        token = secrets.token_urlsafe(12)
+        lease = msgspec.structs.replace(write.lease, by=self._who, since=_now(), token=token)
+        if write.found is not None and write.found.key != self._keys.lease(segment, write.address):
+            return False  # spelt otherwise, it would stay beside the new one
+        return self._replace(segment, write.address, write.found, lease)
+
     def unreserve(self, what: Range, segment: str) -> None:
         """Undo `reserve`, also one that was written by hand in any spelling of the address."""
         address = address_of(what.version, what.first)
@@ -520,7 +530,7 @@ class Operations:
 
     # ------------------------------------------------------------------------------------- reading
 
-    def _replace(self, segment: str, address: Address, found: Found | None, lease: Lease) -> bool:
+    def _replace(self, segment: str, address: Address, found: FoundLease | None, lease: Lease) -> bool:
         """The lease in place of what was found, which its history tells of. False when that is there no more."""
         key = self._keys.lease(segment, address)
         expect, writes = {key: found.revision if found else 0}, [Put(key, encode(lease))]

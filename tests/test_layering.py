@@ -52,7 +52,8 @@ ALLOWED = {
     "retirement": {"decisions", "model"},
     "retire": {"addresses", "errors", "etcd", "ledger", "model", "neighbourhood", "retirement", "view"},
     "explain": {"addresses", "model"},
-    "operations": {"addresses", "check", "decisions", "errors", "etcd", "explain", "model"},
+    "adopt": {"addresses", "check", "decisions", "evidence", "explain", "model"},
+    "operations": {"addresses", "adopt", "check", "decisions", "errors", "etcd", "explain", "model"},
     "host": {"errors", "etcd", "interfaces", "model", "register", "view"},
     "app": {"errors", "metrics", "model", "protocol"},
     "daemon": {
@@ -61,8 +62,8 @@ ALLOWED = {
         "restoration", "retire", "standby", "vendors", "view", "wire",
     },
     "cli": {
-        "addresses", "check", "config", "daemon", "dockerd", "errors", "evidence", "explain", "host", "install",
-        "journal", "model", "operations", "scan", "vendors",
+        "addresses", "adopt", "check", "config", "daemon", "dockerd", "errors", "evidence", "explain", "host",
+        "install", "journal", "model", "operations", "scan", "vendors",
     },
 }  # fmt: skip
 
@@ -112,6 +113,7 @@ PURE = {
     "retirement": {"collections", "typing"},
     "check": {"collections", "datetime", "typing"},
     "explain": {"collections", "datetime", "enum", "typing"},
+    "adopt": {"collections", "shlex", "typing"},
 }
 CLOCKS = {"now", "utcnow", "today", "time", "monotonic"}
 
