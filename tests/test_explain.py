@@ -158,6 +158,10 @@ CASES: dict[str, tuple[dict[str, Any], Verdict, str]] = {
     "resting": (
         {"past": [Tenancy(ENDPOINT, "b", until=AGO)]}, Verdict.RESTING, "rests until 2026-11-25T12:03:00.000Z",
     ),
+    "freed by a clock that is ahead": (
+        {"past": [Tenancy(ENDPOINT, "b", until="2026-11-25T13:00:00Z")]},
+        Verdict.RESTING, "rests until 2026-11-25T12:05:00.000Z",
+    ),
     "rested": ({"past": [Tenancy(ENDPOINT, "b", until="2026-11-25T11:54:59Z")]}, Verdict.FREE, "is free"),
     "unreserved": ({"past": [Tenancy(RESERVED, until=AGO)]}, Verdict.FREE, "is free"),
     "given from the journal": (
