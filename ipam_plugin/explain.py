@@ -26,11 +26,14 @@ from ipam_plugin.model import (
     Host,
     Lease,
     Pool,
+    Restored,
     SegmentSettings,
     Tenancy,
     parse_time,
     rfc3339,
 )
+
+RESTORING = 60.0  # seconds for which daemons keep everything back after etcd went back (restoration.WAIT)
 
 
 class Verdict(enum.Enum):
@@ -72,6 +75,7 @@ class Facts(NamedTuple):
     past: Sequence[Tenancy] = ()
     local: Local = Local()
     now: float = 0.0  # seconds since the epoch
+    restored: Restored | None = None  # etcd went back to an earlier state
     journal: Journalled | None = None
     wire: Sequence[str] | str | None = None  # the MACs that answer; a text: why nobody could be asked; None: not asked
 
@@ -177,6 +181,14 @@ def carries(host: Host, address: Address, segment: str = "") -> bool:
 
 def _refusing(facts: Facts) -> Iterator[str]:
     """Why no container is given it, whichever network asks."""
+    if facts.restored is not None:
+        since = parse_time(facts.restored.since)
+        late = [name for name in sorted(facts.alive) if name in facts.hosts and not _answered(facts, name)]
+        if late and since is not None and facts.now - since < RESTORING:
+            yield (
+                f"etcd was restored at {facts.restored.since}, and nothing is given until host {', '.join(late)} has"
+                f" written what its containers have, {RESTORING:g} s at most"
+            )
     yield from forbidding(facts.segment, facts.settings, facts.address)
     for key in facts.by_hand:
         yield f"the etcd key {key!a} takes it"
@@ -186,6 +198,10 @@ def _refusing(facts: Facts) -> Iterator[str]:
             yield f"the configuration of this machine excludes it ({each})"
     if facts.address in facts.local.routers:
         yield "it is the segment's router, says the configuration of this machine"
+
+
+def _answered(facts: Facts, host: str) -> bool:
+    return facts.restored is not None and facts.hosts[host].restored == facts.restored.token
 
 
 def _of_pools(facts: Facts) -> tuple[list[str], list[str]]:

@@ -39,6 +39,7 @@ from ipam_plugin.model import (
     Pool,
     PoolUse,
     Reservation,
+    Restored,
     SegmentSettings,
     decode,
     encode,
@@ -197,6 +198,8 @@ class Operations:
         hosts = {name: host for name, value in records.items() if (host := _read(value, Host))}
         beats = {each.key.removeprefix(self._keys.alive): each.value for each in self._list(self._keys.alive)}
         alive = {name: _read(value, Alive) or Alive(name, "", "", "") for name, value in beats.items()}
+        restored, _ = self._etcd.get_many([self._keys.restored], deadline=_deadline())
+        back = restored[self._keys.restored]
         theirs = {each for host in hosts.values() for each in host.segments if carries(host, address)}
         in_use = {each.segment for each in pools}
         names = {segment} if segment else {each.segment for each in taking} | {*settings, default} | in_use | theirs
@@ -219,6 +222,7 @@ class Operations:
                     past=past.past if past else (),
                     local=local(name),
                     now=time.time(),
+                    restored=_read(back.value if back else None, Restored),
                 )
             )
         return found

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from conftest import RealEtcd
 from harness import KEYS, NAME, FakeLan, Host, Lan, bridge
+from ipam_plugin import restoration
 from ipam_plugin.addresses import address_of, parse_address, parse_range
 from ipam_plugin.errors import AddressTaken
-from ipam_plugin.explain import Explanation, Facts, Journalled, Local, Verdict, explain, rests_until
+from ipam_plugin.explain import RESTORING, Explanation, Facts, Journalled, Local, Verdict, explain, rests_until
 from ipam_plugin.ledger import Ledger
 from ipam_plugin.model import (
     CONFLICT,
@@ -38,6 +39,7 @@ from ipam_plugin.model import (
     Lease,
     Pool,
     Reservation,
+    Restored,
     SegmentSettings,
     Tenancy,
     decode,
@@ -80,7 +82,8 @@ POOLS = {
     "range": Pool("lan", POOL.subnet, ipaddress.ip_network("10.0.0.128/25")),
     "exclude": Pool("lan", POOL.subnet, exclude=(parse_range("10.0.0.0/28"),)),
 }
-AGO = "2026-11-25T11:58:00.000Z"
+AGO, AGO_A_MOMENT = "2026-11-25T11:58:00.000Z", "2026-11-25T11:59:30Z"
+C, HERE = HostRecord("c", restored="t"), Alive("c", "m", "x", "p")
 CASES: dict[str, tuple[dict[str, Any], Verdict, str]] = {
     "nobody": ({}, Verdict.FREE, "10.0.0.5 in segment lan is free"),
     "a container": (
@@ -155,6 +158,17 @@ CASES: dict[str, tuple[dict[str, Any], Verdict, str]] = {
         {"address": "10.0.1.5"}, Verdict.OUTSIDE, "no network in use has it in its subnet (10.0.0.0/24)",
     ),
     "no network": ({"pools": []}, Verdict.OUTSIDE, "there is none in this segment"),
+    "etcd was restored a moment ago": (
+        {"restored": Restored("t", since=AGO_A_MOMENT), "hosts": {"b": B, "c": C}, "alive": {"b": HERE, "c": HERE}},
+        Verdict.REFUSED, "etcd was restored at 2026-11-25T11:59:30Z, and nothing is given until host b has written",
+    ),
+    "etcd was restored, and all have answered": (
+        {"restored": Restored("t", since=AGO_A_MOMENT), "hosts": {"c": C}, "alive": {"c": HERE}},
+        Verdict.FREE, "is free",
+    ),
+    "etcd was restored long ago": (
+        {"restored": Restored("t", since=AGO), "hosts": {"b": B}, "alive": {"b": HERE}}, Verdict.FREE, "is free",
+    ),
     "resting": (
         {"past": [Tenancy(ENDPOINT, "b", until=AGO)]}, Verdict.RESTING, "rests until 2026-11-25T12:03:00.000Z",
     ),
@@ -205,6 +219,7 @@ def test_every_kind_of_lease_is_a_case() -> None:
     kinds = {facts["lease"].kind for facts, _, _ in CASES.values() if "lease" in facts}
     assert kinds == {ENDPOINT, HOST, ROUTER, RESERVED, CONFLICT, STANDBY, HELD, UNREADABLE}
     assert {verdict for _, verdict, _ in CASES.values()} == set(Verdict)
+    assert restoration.WAIT == RESTORING
 
 
 tenancies = st.builds(
