@@ -5,6 +5,7 @@ Every change is one transaction on what was read, like the daemon's own.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
 import secrets
@@ -49,6 +50,7 @@ from ipam_plugin.model import (
     segment_and_taken,
 )
 
+READ_AT_ONCE = 100  # keys in one question; etcd takes 128
 PATIENCE = 10.0  # seconds for one question to etcd
 LOOK_AGAIN = 0.3  # seconds between two looks at how far an order got
 NOBODY = 30.0  # seconds after which an order that no daemon has begun is nobody's
@@ -191,7 +193,7 @@ class Operations:
     ) -> list[Facts]:
         """What is known of an address: in the segment named, or else in each that may know of it. `local` is what the
         configuration of this machine says of a segment."""
-        taking = [each for each in self.leases(segment) if each.taken.contains(address)]
+        taking = self._taking(address, segment)
         settings = self.segments()
         pools = {each.id: each for each in self._pools_in_use()}.values()
         records = {each.key.removeprefix(self._keys.hosts): each.value for each in self._list(self._keys.hosts)}
@@ -202,19 +204,17 @@ class Operations:
         back = restored[self._keys.restored]
         theirs = {each for host in hosts.values() for each in host.segments if carries(host, address)}
         in_use = {each.segment for each in pools}
-        names = {segment} if segment else {each.segment for each in taking} | {*settings, default} | in_use | theirs
+        names = {segment} if segment else {*taking, *settings, default} | in_use | theirs
         found = []
         for name in sorted(names):
-            lease, past = self._at_once(name, address)
-            canonical = self._keys.lease(name, address)
-            others = [each for each in taking if each.segment == name and each.key != canonical]
-            alone = next((each.lease for each in others if each.taken.size() == 1), None)
+            by_hand = [key for key in taking.get(name, {}) if key != self._keys.lease(name, address)]
+            lease, past = self._at_once(name, address, [key for key in by_hand if taking[name][key].size() == 1])
             found.append(
                 Facts(
                     segment=name,
                     address=address,
-                    lease=lease or alone,
-                    by_hand=[each.key for each in others],
+                    lease=lease,
+                    by_hand=by_hand,
                     settings=settings.get(name),
                     hosts=hosts,
                     alive=alive,
@@ -227,11 +227,27 @@ class Operations:
             )
         return found
 
-    def _at_once(self, segment: str, address: Address) -> tuple[Lease | None, History | None]:
-        """The lease of an address and its history, of one moment: who ended is in the one or in the other."""
-        keys = [self._keys.lease(segment, address), self._keys.past(segment, address)]
-        found, _ = self._etcd.get_many(keys, deadline=_deadline())
-        lease, past = (found[key] for key in keys)
+    def _taking(self, address: Address, segment: str | None) -> dict[str, dict[str, Range]]:
+        """The lease keys that take an address, by segment, and all that each takes. Their values are not read."""
+        found: dict[str, dict[str, Range]] = {}
+        prefix = self._keys.leases + (f"{segment}/" if segment else "")
+        for each in self._etcd.list(prefix, deadline=_deadline(), keys_only=True)[0]:
+            with contextlib.suppress(ValueError):
+                name, named = segment_and_taken(each.key.removeprefix(self._keys.leases))
+                taken = named if isinstance(named, Range) else Range(named.version, int(named), int(named))
+                if taken.contains(address):
+                    found.setdefault(name, {})[each.key] = taken
+        return found
+
+    def _at_once(self, segment: str, address: Address, aliases: Sequence[str]) -> tuple[Lease | None, History | None]:
+        """The lease of an address and its history, of one moment: who ended is in the one or in the other. Where there
+        is no lease, one that was written by hand in another spelling.
+        """
+        past_key = self._keys.past(segment, address)
+        keys = [self._keys.lease(segment, address), *aliases[:READ_AT_ONCE]]
+        found, _ = self._etcd.get_many([past_key, *keys], deadline=_deadline())
+        past = found[past_key]
+        lease = next((each for key in keys if (each := found[key])), None)
         return read_lease(lease.value) if lease else None, _read(past.value if past else None, History)
 
     def _pools_in_use(self) -> Iterator[Pool]:
