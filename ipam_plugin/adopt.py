@@ -102,7 +102,9 @@ def propose(world: World, vendor_of: Callable[[str], str] = lambda mac: "") -> l
 def switch(world: World, network: OtherNetwork) -> list[str]:
     """The commands that give a network this driver, and its containers their addresses again."""
     members: dict[str, list[Address]] = {}
-    for each in world.bearers:
+    for each in sorted(
+        world.bearers, key=lambda each: (each.address is None, _order(str(each.address)), each.container)
+    ):
         if each.network_id == network.id:
             members.setdefault(each.container, []).extend([each.address] if each.address is not None else [])
     name = shlex.quote(network.name)
