@@ -348,8 +348,12 @@ class Claims:
                 f" because the wire cannot be heard: {looked.reason}"
             )
         who = f"a machine that is none of ours{self._made_by(looked.mac)}"
-        if slot.kept is not None and slot.kept.kind == RESERVED and looked.mac == slot.kept.mac:
-            who = f"that of {slot.kept.who()}, which still runs as before: docker network disconnect"
+        container = slot.kept.container if slot.kept is not None and slot.kept.kind == RESERVED else None
+        if container is not None and slot.kept is not None and looked.mac == slot.kept.mac:
+            who = (
+                "the container itself, which still has its old network: docker network disconnect"
+                f" {container.network} {container.name}"
+            )
         elif looked.verdict is Verdict.OURS:
             who = "a Docker host, or a container that has just ended"
         elif looked.verdict is Verdict.HEARD:
@@ -392,8 +396,9 @@ class Claims:
             if slot.kept is not None and self._outage.is_waiting(pool.segment, slot.address):
                 return False  # another container got it from the journal
             reason = self._view.forbids(pool.segment, slot.address)
-            if slot.kept is not None and slot.kept.kind == RESERVED and reason:
-                raise AddressTaken(f"{slot.address} of pool {pool} cannot be given: {reason}")
+            if slot.kept is not None and slot.kept.kind == RESERVED and (excluded or reason):
+                # An operator's word, which is not taken back here.
+                raise AddressTaken(f"{slot.address} of pool {pool} cannot be given: {reason or 'it is excluded'}")
             if excluded or reason:
                 self.give_back(slot, deadline)
                 return False

@@ -459,7 +459,7 @@ def lan() -> Iterator[Lan]:
 
 def adopted(lan: Lan, address: str = "192.168.1.20", container: str = "web1", mac: str = MAC) -> None:
     """What `adopt --apply` on host a writes."""
-    lease = Lease(RESERVED, "a", mac, Container(container), note="adopted from network lan")
+    lease = Lease(RESERVED, "a", mac, Container(container, network="lan"), note="adopted from network lan")
     assert Operations(lan.etcd, KEYS, "eve").adopt("default", adopt.Write(parse_address(address), None, lease))
 
 
@@ -495,7 +495,7 @@ def test_a_container_that_still_runs_as_before(lan: Lan, wire: FakeLan) -> None:
     adopted(lan)
     before = lan.lease("192.168.1.20")
     pool = a.create()
-    for mac, words in ((MAC, "docker network disconnect"), (OTHER_MAC, "a machine that is none of ours")):
+    for mac, words in ((MAC, "docker network disconnect lan web1"), (OTHER_MAC, "a machine that is none of ours")):
         wire.machines["192.168.1.20"] = mac
         said = a.endpoint(pool, "192.168.1.20").error
         assert f"MAC {mac} answers there" in said
