@@ -100,6 +100,13 @@ def shown(text: str) -> str:
     return repr(text if len(text) <= 80 else text[:77] + "...")
 
 
+def printable(text: str) -> str:
+    """The text on one line, without what could steer a terminal or forge a line of a log, `?` in its place: what stands
+    in etcd may be anybody's.
+    """
+    return text if text.isprintable() else "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def parse_range(text: str) -> Range:
     """An address, `FIRST-LAST` or a CIDR. Raises ValueError with a sentence."""
     text = text.strip()
@@ -188,6 +195,17 @@ class AddressSet:
         if place >= 0 and start <= self._lasts[place]:
             return self._lasts[place] + 1
         return start
+
+    def next_present(self, start: int) -> int | None:
+        """The lowest number >= start that is in the set."""
+        place = bisect_left(self._lasts, start)
+        return max(start, self._firsts[place]) if place < len(self._lasts) else None
+
+    def within(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """The runs from `first` to `last`, those at the ends cut off there."""
+        low = bisect_left(self._lasts, first)
+        high = bisect_right(self._firsts, last)
+        return ((max(self._firsts[i], first), min(self._lasts[i], last)) for i in range(low, high))
 
     def count(self, first: int, last: int) -> int:
         """How many addresses from `first` to `last` are in the set."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import getpass
+import io
 import json
 import os
 import socket
@@ -29,6 +30,7 @@ from ipam_plugin import __version__
 from ipam_plugin import adopt as adopting
 from ipam_plugin import check as checking
 from ipam_plugin.addresses import Address, Network, Range, parse_address, parse_network, parse_range
+from ipam_plugin.addresses import printable as _clean
 from ipam_plugin.check import Difference, World
 from ipam_plugin.config import Config, find, load
 from ipam_plugin.errors import ConfigError, DockerUnavailable, IpamError, ProbeFailed, Refused
@@ -88,6 +90,13 @@ class _PlaceType(click.ParamType["Network | str"]):
 def _segment_name(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     if value is not None and not NAME.fullmatch(value):
         raise click.BadParameter("a segment's name has 1 to 63 letters, digits, '.', '_' or '-'")
+    return value
+
+
+def _listen_address(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    host, _, port = value.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536 or (":" in host and not host.startswith("[")):
+        raise click.BadParameter("expected ADDRESS:PORT, IPv6 as [ADDRESS]:PORT")
     return value
 
 
@@ -1007,6 +1016,25 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+@cli.command()
+@click.option("--listen", default="127.0.0.1:9180", show_default=True, metavar="ADDRESS:PORT", callback=_listen_address)
+@click.option("--name", "names", multiple=True, metavar="NAME", help="Browsers may ask for the page by this name, too.")
+@config_option
+@click.pass_obj
+def web(inherited: str | None, config_path: str | None, listen: str, names: tuple[str, ...]) -> None:
+    """Serve a page that shows the register in the browser, until a signal comes. It reads only.
+
+    Whoever reaches it may read it; on another address than this machine's own it belongs behind a proxy that asks who
+    comes.
+    """
+    from ipam_plugin import daemon
+    from ipam_plugin import web as page
+
+    config = _load(config_path or inherited)
+    daemon.log_to_stderr(config)
+    page.serve(daemon.etcd_of(config), Keys(config.prefix), listen, names)
+
+
 @cli.command("check-config")
 @click.argument("file", required=False)
 @config_option
@@ -1018,6 +1046,8 @@ def check_config(inherited: str | None, config_path: str | None, file: str | Non
     path = file or config_path or inherited
     config = load(path)
     installing.check_readable({"the file": str(find(path)), **config.etcd.files()})
+    if exposed := config.etcd.exposed():
+        raise ConfigError("\n".join(exposed))
     click.echo(f"{path or 'the configuration'} is good")
 
 
@@ -1099,13 +1129,11 @@ def _json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2))
 
 
-def _clean(text: str) -> str:
-    """Without what could steer a terminal: values in etcd may be anybody's."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
-
-
 def main() -> None:
     """The entry point."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal of Latin letters alone still shows what it can
+            stream.reconfigure(errors="backslashreplace")
     try:
         cli.main(prog_name="ipam-plugin", standalone_mode=False)
     except click.exceptions.Abort:

@@ -10,6 +10,7 @@ import difflib
 import ipaddress
 import os
 import re
+import stat
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -231,6 +232,15 @@ class EtcdConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         """The files that are named here, by the path of their key."""
         names = ("ca_cert", "cert", "key", "password_file")
         return {f"etcd.{name}": file for name in names if (file := getattr(self, name)) is not None}
+
+    def exposed(self) -> list[str]:
+        """A line, with its cure, for each file with a secret that every user of this machine may read or write."""
+        secrets = {"etcd.key": self.key, "etcd.password_file": self.password_file}
+        return [
+            f"{name}: {file} can be read or written by every user of this machine: chmod o= {file}"
+            for name, file in secrets.items()
+            if file is not None and _is_open_to_all(file)
+        ]
 
     def password(self) -> str | None:
         """The password, read afresh (it may be rotated) and never kept, so no repr or dump can show it.
@@ -600,6 +610,16 @@ def _across(config: Config, embedded_etcd: bool) -> Iterator[str]:
             f"etcd.timeout: expected less than deadline ({config.deadline:g} s), found {etcd.timeout:g} s: "
             "the first try would use up the whole request"
         )
+
+
+def _is_open_to_all(file: str) -> bool:
+    """Whether its mode, and those of the directories above it, let everybody in; not so what is no longer there."""
+    real = Path(os.path.realpath(file))
+    try:
+        reached = all(directory.stat().st_mode & stat.S_IXOTH for directory in real.parents)
+        return reached and bool(real.stat().st_mode & (stat.S_IROTH | stat.S_IWOTH))
+    except OSError:
+        return False
 
 
 def _reason(error: Exception) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
 import os
 import socket
@@ -25,10 +26,9 @@ import gunicorn.arbiter
 import gunicorn.glogging
 import gunicorn.util
 import gunicorn.workers.gthread
-import msgspec
 
 from ipam_plugin import __version__, interfaces
-from ipam_plugin.addresses import Address, parse_address, parse_range
+from ipam_plugin.addresses import Address, parse_address, parse_range, printable
 from ipam_plugin.app import SPARE_THREADS, WAITING, create_app
 from ipam_plugin.claims import Claims, Stock
 from ipam_plugin.config import Config
@@ -72,7 +72,7 @@ def etcd_of(config: Config) -> Etcd:
             cert=told.cert,
             key=told.key,
             username=told.username,
-            password=told.password(),
+            password=told.password if told.username else None,
             timeout=told.timeout,
         )
     )
@@ -432,7 +432,9 @@ class Daemon:
 
 def serve(config: Config, *, embedded_etcd: bool = False) -> None:
     """Run the daemon until a signal ends it. Raises ConfigError before anything has started."""
-    _log_to_stderr(config)
+    log_to_stderr(config)
+    for exposed in config.etcd.exposed():
+        log.warning("%s", exposed)
     state = StateDir(config.state_dir)
     state.lock()
     name, warning = host_name(config.host, socket.gethostname(), state.read("host"))
@@ -619,6 +621,17 @@ class _Logger(gunicorn.glogging.Logger):  # type: ignore[misc]  # gunicorn ships
         self.access_log.handlers = []
 
 
+class _Text(logging.Formatter):
+    """One line for what was said, whatever of it stands in etcd; a traceback follows, each of its lines indented."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join(f"  {printable(line)}" for line in super().formatException(ei).split("\n"))
+
+
 class _Json(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         told = {
@@ -629,15 +642,16 @@ class _Json(logging.Formatter):
         }
         if record.exc_info:
             told["exception"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(told).decode()
+        return json.dumps(told)  # escapes all that is not plain ASCII, also what is no character at all
 
 
-def _log_to_stderr(config: Config) -> None:
+def log_to_stderr(config: Config) -> None:
+    """As the configuration says: text or JSON, from which level on."""
     handler = logging.StreamHandler()
     if config.log.format == "json":
         handler.setFormatter(_Json())
     else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        handler.setFormatter(_Text("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=config.log.level.upper(), handlers=[handler], force=True)
 
 

@@ -46,7 +46,8 @@ _KINDS = {  # of calls, for `on_answer`
 _TICK = 0.2  # seconds; how soon a watch notices `stop`
 
 _CHANNEL_OPTIONS = [
-    ("grpc.max_receive_message_length", 64 << 20),
+    # More than any transaction reads (128 values of 1.5 MiB at most); a list that has more is read in smaller pages.
+    ("grpc.max_receive_message_length", 256 << 20),
     # A member that hangs is found in 6 + 2 s. Without http2.ping_timeout_ms (default 60 s) keepalive_timeout_ms
     # has no effect. etcd drops clients that ping more often than every 5 s.
     ("grpc.keepalive_time_ms", 6000),
@@ -67,7 +68,8 @@ class EtcdSettings:
     """Where etcd is and who we are. `timeout` is seconds per try, not per call.
 
     Endpoints: `host:port`, `http://host:port` or `https://host:port`; IPv6 in brackets. Without a scheme, TLS is
-    used where a CA or a client certificate is given. Files are PEM. Raises ConfigError.
+    used where a CA or a client certificate is given. Files are PEM. `password`: the word, or what reads it anew before
+    each login (and may raise ConfigError). Raises ConfigError.
     """
 
     endpoints: tuple[str, ...]
@@ -75,7 +77,7 @@ class EtcdSettings:
     cert: str | None = None
     key: str | None = None
     username: str | None = None
-    password: str | None = field(default=None, repr=False)
+    password: str | Callable[[], str | None] | None = field(default=None, repr=False)
     timeout: float = 2.0
 
     def __post_init__(self) -> None:
@@ -292,6 +294,9 @@ class Etcd:
         while True:
             try:
                 page = self._call("range", request, deadline, patient=True, stop=stop).message
+            except _ReplyTooLarge:
+                request.limit = max(1, request.limit // 16)
+                continue
             except EtcdRefused as error:
                 if not (request.revision and _code(error) is grpc.StatusCode.OUT_OF_RANGE):
                     raise
@@ -420,6 +425,8 @@ class Etcd:
                 self.on_answer("write" if write else _KINDS[rpc], time.monotonic() - start)
                 return _Reply(reply, uncertain, member.endpoint)
             except grpc.RpcError as error:
+                if patient and _is_too_large(error):
+                    raise _ReplyTooLarge from error
                 code, reason = error.code(), _sentence(error)
                 outcome = fate(code, error.details() or "")
                 if outcome is Fate.REFUSED or (outcome is Fate.LOGIN and self._settings.username is None):
@@ -609,6 +616,8 @@ class Etcd:
                 place = _Place(at, events[-1] if events else place.last)
             return place, f"{member.endpoint} ended it"
         except grpc.RpcError as error:
+            if _is_too_large(error):
+                return None, "what it missed is too large for one message; listing it again"
             if fate(error.code(), error.details() or "") is Fate.LOGIN:
                 member.forget(token)
             elif not stop.is_set():
@@ -707,10 +716,15 @@ class _Member:
     def _log_in(self, timeout: float) -> None:
         # One login for all threads: each costs etcd 0.1 s of CPU (bcrypt).
         if not self._login.acquire(timeout=timeout):
-            raise _NoLogin
+            raise _NoLogin("no login within the time limit")
         try:
             if self._token is None:
-                request = pb.AuthenticateRequest(name=self._settings.username, password=self._settings.password)
+                told = self._settings.password
+                try:
+                    password = told() if callable(told) else told
+                except ConfigError as error:
+                    raise _NoLogin(str(error)) from error
+                request = pb.AuthenticateRequest(name=self._settings.username, password=password)
                 try:
                     self._token = self._calls["login"](request, timeout=timeout).token
                 except grpc.RpcError as error:
@@ -730,14 +744,18 @@ class _Member:
         )
 
 
+class _ReplyTooLarge(Exception):
+    """A page of a list is larger than this client takes in at once."""
+
+
 class _NoLogin(grpc.RpcError):  # type: ignore[misc]
-    """Another thread's login to this member has not ended in time; nothing was sent."""
+    """There is no login to this member yet, for the reason given; nothing was sent."""
 
     def code(self) -> Any:
         return grpc.StatusCode.UNAVAILABLE
 
     def details(self) -> str:
-        return "no login within the time limit"
+        return str(self)
 
 
 def _target(endpoint: str, path: str) -> tuple[str, str]:
@@ -785,6 +803,12 @@ def _pause(limits: tuple[float, float], failures: int) -> float:
     """Seconds to wait after so many failures (from 1), doubled each time up to a limit, with jitter."""
     first, longest = limits
     return float(min(longest, first * 2 ** min(failures - 1, 10))) * random.uniform(0.5, 1)
+
+
+def _is_too_large(error: Any) -> bool:
+    """Whether this client refused a message. (etcd says of a request `grpc: received message larger than max`.)"""
+    large = "Received message larger than max" in (error.details() or "")
+    return large and error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 def _code(error: EtcdRefused) -> Any:

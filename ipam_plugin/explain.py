@@ -11,7 +11,7 @@ import enum
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from ipam_plugin.addresses import Address, Range, parse_range, usable_range
+from ipam_plugin.addresses import Address, Range, usable_range
 from ipam_plugin.model import (
     CONFLICT,
     ENDPOINT,
@@ -149,16 +149,7 @@ def forbidding(segment: str, settings: SegmentSettings | str | None, address: Ad
         return []
     if isinstance(settings, str):
         return [f"the settings of segment {segment} cannot be read, so nothing is given out in it: {settings}"]
-    reasons = [f"it is excluded ({text})" for text in settings.exclude if parse_range(text).contains(address)]
-    for each in settings.reserved:
-        if parse_range(each.range).contains(address):
-            by = f" by {each.by}" if each.by else ""
-            reasons.append(f"it is reserved{by} ({each.range}){f': {each.note}' if each.note else ''}")
-    if any(parse_range(text).contains(address) for text in settings.moving):
-        reasons.append("it moves between machines")
-    if address in settings.routers():
-        reasons.append("it is the segment's router")
-    return reasons
+    return [rule.why for rule in settings.rules() if rule.taken.contains(address)]
 
 
 def own_addresses(segment: str, address: Address, hosts: Mapping[str, Host]) -> list[str]:
@@ -280,9 +271,10 @@ def _of_hosts(facts: Facts) -> Iterator[str]:
                 f" ipam-plugin host retire {name}"
             )
         else:
+            cure = f"unreserve {facts.address}" if lease.kind == RESERVED else f"release {facts.address} --force"
             yield (
                 f"host {name} is not in the register: no daemon serves under that name; when you know that nothing uses"
-                f" the address: ipam-plugin release {facts.address} --force"
+                f" the address: ipam-plugin {cure}"
             )
 
 

@@ -24,6 +24,7 @@ from typing import Protocol
 import msgspec
 
 from ipam_plugin import __version__
+from ipam_plugin.addresses import printable
 from ipam_plugin.errors import ConfigError, EtcdUnavailable, IpamError, NotServing, OutcomeUnknown
 from ipam_plugin.etcd import Commit, Delete, KeyValue, Put
 from ipam_plugin.interfaces import InterfaceAddress
@@ -38,6 +39,7 @@ REFRESH = 8.0  # seconds between refreshes
 PATIENCE = HEARTBEAT + 5.0  # a heartbeat that is still there after this long goes on: somebody refreshes it
 ALARMS = 20  # shown in hosts/HOST
 ALARM_AGAIN = 600.0  # seconds until the same text is told again
+ALARM_LENGTH = 1000  # characters
 ALARM_TEXTS = 1000  # remembered for that; of more, the oldest are told again sooner
 ALARMS_APART = 5.0  # seconds between two looks at the alarms for hosts/HOST
 ALARM_LINES = 60  # of one kind are in the log with their texts in
@@ -170,6 +172,7 @@ class Alarms:
 
     def tell(self, kind: str, text: str) -> bool:
         """Whether the record is to be written at once. The same text within ALARM_AGAIN seconds is the same alarm."""
+        text = printable(text)[:ALARM_LENGTH]  # of what stands in etcd, and the record of a host has its limit there
         with self._lock:
             now = self._now()
             before = self._told.get(text)
@@ -606,7 +609,7 @@ def _first_line(path: str) -> str:
 def _started(pid: int) -> str:
     """The start time of a process in clock ticks since boot (proc(5), field 22), or ''."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return ""
 

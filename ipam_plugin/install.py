@@ -33,6 +33,7 @@ MANIFEST = f"{STATE_DIR}/installed.json"
 CONFIG = "/etc/ipam-plugin/config.yaml"
 COMMAND = "/usr/local/bin/ipam-plugin"
 UNITS = ("ipam-plugin.socket", "ipam-plugin.service")
+PAGE = "ipam-plugin-web.service"  # put, and started by nobody but the operator
 
 # In the order in which they are put; taken back in the other.
 _FILES = {
@@ -40,6 +41,7 @@ _FILES = {
     CONFIG: "config.example.yaml",
     "/etc/systemd/system/ipam-plugin.socket": "ipam-plugin.socket",
     "/etc/systemd/system/ipam-plugin.service": "ipam-plugin.service",
+    f"/etc/systemd/system/{PAGE}": PAGE,
 }
 _COMMAND_PATH = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
 # ProtectHome= in the unit makes these empty for the service, whatever their modes are.
@@ -251,10 +253,10 @@ def _install(target: _Root, command: str, start: bool) -> Iterator[str]:
 
 def _uninstall(target: _Root, give_back: Callable[[], Iterable[str]]) -> Iterator[str]:
     manifest = target.read_manifest()
-    units = [unit for unit in UNITS if f"/etc/systemd/system/{unit}" in manifest.files]
+    units = [unit for unit in (*UNITS, PAGE) if f"/etc/systemd/system/{unit}" in manifest.files]
     if units and target.systemd:
         _run("systemctl", "disable", "--now", *reversed(units))
-        yield f"{' and '.join(units)} stopped and disabled"
+        yield f"{', '.join(units)} stopped and disabled"
         # systemd made it for the socket, and takes back the socket alone.
         _remove_empty(target.path(RUN_DIR))
     given_back = list(give_back())

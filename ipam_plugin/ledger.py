@@ -26,14 +26,12 @@ from ipam_plugin.etcd import Commit, Delete, KeyValue, Put
 from ipam_plugin.model import (
     ENDPOINT,
     HELD,
-    History,
     Keys,
     Lease,
     Pool,
-    decode,
     encode,
     read_lease,
-    remember,
+    remembered,
     rfc3339,
 )
 from ipam_plugin.view import Entry, Full, Settings, View
@@ -182,8 +180,12 @@ class Ledger:
         """
         if ended is None:
             return {}, []
-        key = self._keys.past(*place)
-        return {key: ended.past.revision if ended.past else 0}, [Put(key, encode(_remembered(ended)))]
+        key, past = self._keys.past(*place), ended.past
+        now = datetime.datetime.now(datetime.UTC)
+        history = remembered(past.value if past else None, ended.lease, ended.why, now, ended.retired)
+        if history is None:
+            return {}, []  # what stands there cannot be read, and stays
+        return {key: past.revision if past else 0}, [Put(key, history)]
 
     def grant(
         self,
@@ -481,14 +483,6 @@ def ended_by(before: Lease | None, after: Lease | None, past: KeyValue | None, w
     if before is None or not decisions.ends(before, after):
         return None
     return Ended(before, past, why or (decisions.why_ended(after) if after is not None else ""))
-
-
-def _remembered(ended: Ended) -> History:
-    try:
-        history = decode(ended.past.value, History) if ended.past else History()
-    except ValueError:
-        history = History()
-    return remember(history, ended.lease, ended.why, datetime.datetime.now(datetime.UTC), ended.retired)
 
 
 def timestamp() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import logging
 import socket
 import socketserver
@@ -16,6 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from ipam_plugin import __version__
+from ipam_plugin.addresses import printable
 
 log = logging.getLogger(__name__)
 
@@ -125,9 +127,13 @@ class Metrics:
             def collect(self) -> Iterable[Metric]:
                 yield GaugeMetricFamily("ipam_plugin_serving", "1 when requests are served", value=float(serving()))
                 held = GaugeMetricFamily("ipam_plugin_leases", "Addresses not free", labels=["segment", "kind"])
+                # Two names that are no names may read the same, and Prometheus wants each line once.
+                counted: collections.Counter[tuple[str, str]] = collections.Counter()
                 for segment, kinds in leases().items():
                     for kind, count in kinds.items():
-                        held.add_metric([segment, kind], count)
+                        counted[printable(segment)[:100], kind] += count
+                for labels, count in counted.items():
+                    held.add_metric(labels, count)
                 yield held
                 sent = CounterMetricFamily(
                     "ipam_plugin_etcd_transactions", "Transactions by what they were for", labels=["purpose"]

@@ -11,7 +11,7 @@ import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 
@@ -24,6 +24,7 @@ from ipam_plugin.addresses import (
     parse_address,
     parse_network,
     parse_range,
+    printable,
     range_of,
     shown,
     usable_range,
@@ -42,6 +43,10 @@ CONFLICT = "conflict"  # a machine that is none of ours answered for it
 STANDBY = "standby"  # claimed and probed in advance, given to nobody yet
 HELD = "held"  # kept for a container that stopped
 UNREADABLE = "unreadable"  # never written: how a value that this program cannot read is shown; taken all the same
+# Not of leases: what else is said of an address that is not given out.
+EXCLUDED = "excluded"
+
+LONGEST_HOLD = 30 * 86400.0  # seconds, in the configuration too
 
 KINDS = (ENDPOINT, HOST, ROUTER, RESERVED, CONFLICT, STANDBY, HELD)
 UNUSED = (HELD, RESERVED, UNREADABLE)  # kinds after whose end an address need not rest: no container had it
@@ -219,7 +224,8 @@ def _interface(name: str) -> str:
 
 def _hold(text: str) -> str:
     try:
-        parse_duration(text)
+        if parse_duration(text) > LONGEST_HOLD:
+            raise ValueError(f"{shown(text)} is longer than 30d")
     except ValueError as error:
         raise BadRequest(f"--ipam-opt hold: {error}") from None
     return text.strip()
@@ -304,6 +310,14 @@ class Lease(msgspec.Struct, frozen=True, omit_defaults=True):
         return f"{name} on host {self.host}" if self.host else name
 
 
+class Rule(NamedTuple):
+    """Addresses that the settings of a segment take, though they may have no lease."""
+
+    taken: Range
+    kind: str  # ROUTER, RESERVED or EXCLUDED
+    why: str  # a sentence about one of them
+
+
 class SegmentSettings(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """Cluster-wide settings of a segment. Its revision is compared by every grant in the segment.
 
@@ -328,6 +342,18 @@ class SegmentSettings(msgspec.Struct, frozen=True, omit_defaults=True, forbid_un
             *(parse_range(each.range) for each in self.reserved),
             *(parse_range(text) for text in self.moving),
         ]
+
+    def rules(self) -> list[Rule]:
+        """What is not given out, and the routers, each with its reason. Raises ValueError as `ranges` does."""
+        rules = [Rule(parse_range(text), EXCLUDED, f"it is excluded ({text})") for text in self.exclude]
+        for each in self.reserved:
+            by = f" by {each.by}" if each.by else ""
+            why = f"it is reserved{by} ({each.range}){f': {each.note}' if each.note else ''}"
+            rules.append(Rule(parse_range(each.range), RESERVED, why))
+        rules += [Rule(parse_range(text), EXCLUDED, "it moves between machines") for text in self.moving]
+        for router in self.routers():
+            rules.append(Rule(Range(router.version, int(router), int(router)), ROUTER, "it is the segment's router"))
+        return rules
 
 
 class Reservation(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -488,25 +514,43 @@ class History(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 HISTORY_LENGTH = 5  # holders remembered for one address
-LONGEST_REMEMBERED = 200  # characters of an operator's note, or of why it ended
 
 
 def remember(history: History, lease: Lease, why: str, now: datetime.datetime, retired: bool = False) -> History:
     """The history with one more holder in it, the oldest forgotten."""
     shared = ", ".join(sorted({holder.host for holder in lease.holders}))
+    container = lease.container
+    if container is not None:
+        container = Container(*(_short(getattr(container, name)) for name in container.__struct_fields__))
     ended = Tenancy(
         kind=lease.kind,
-        host=shared if lease.kind == ROUTER else lease.host,
-        mac=lease.mac,
-        container=lease.container,
-        since=lease.since,
+        host=_short(shared if lease.kind == ROUTER else lease.host),
+        mac=_short(lease.mac),
+        container=container,
+        since=_short(lease.since),
         until=rfc3339(now),
-        why=why[:LONGEST_REMEMBERED],
+        why=_short(why),
         retired=retired,
-        by=lease.by,
-        note=lease.note[:LONGEST_REMEMBERED],
+        by=_short(lease.by),
+        note=_short(lease.note),
     )
     return History(past=(ended, *history.past)[:HISTORY_LENGTH])
+
+
+def remembered(
+    past: bytes | None, lease: Lease, why: str, now: datetime.datetime, retired: bool = False
+) -> bytes | None:
+    """The value of a history key with one more holder in it. None: what stands there cannot be read, and stays."""
+    try:
+        known = decode(past, History) if past is not None else History()
+    except ValueError:
+        return None
+    return encode(remember(known, lease, why, now, retired))
+
+
+def _short(text: str) -> str:
+    """Five records of a lease with a text as large as etcd takes would be more than it takes: no release would work."""
+    return text if len(text) <= 300 else text[:299] + "…"
 
 
 def rfc3339(moment: datetime.datetime) -> str:
@@ -537,12 +581,12 @@ def encode(value: msgspec.Struct) -> bytes:
 
 
 def decode(value: bytes, kind: type[T]) -> T:
-    """Raises ValueError with one line when the value is not what it should be."""
+    """Raises ValueError with one short line, fit for a terminal, when the value is not what it should be."""
     try:
         decoded: T = _decoder(kind).decode(value)
         return decoded
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{error}") from None
+        raise ValueError(printable(str(error))[:200]) from None  # it quotes names that stand in the value
 
 
 _decoders: dict[type, Any] = {}
@@ -563,9 +607,8 @@ def read_lease(value: bytes) -> Lease:
         reason = f"kind {shown(lease.kind)} is unknown"
     except ValueError as error:
         reason = str(error)
-    start = value[:60].decode("utf-8", "replace")
-    printable = "".join(letter if letter.isprintable() else "?" for letter in start)
-    return Lease(kind=UNREADABLE, note=f"{printable!r} ({reason[:120]})")
+    start = printable(value[:60].decode("utf-8", "replace"))
+    return Lease(kind=UNREADABLE, note=f"{start!r} ({reason[:120]})")
 
 
 # ----------------------------------------------------------------------------------------------- keys

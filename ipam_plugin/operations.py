@@ -45,7 +45,7 @@ from ipam_plugin.model import (
     decode,
     encode,
     read_lease,
-    remember,
+    remembered,
     rfc3339,
     segment_and_taken,
 )
@@ -350,7 +350,7 @@ class Operations:
             assert repair.ended is not None
             compared, history = self._remembering(segment, taken, repair.ended, why)
             expect.update(compared)
-            writes.append(history)
+            writes += history
         return self._commit(expect, writes, proof=repair.key if value is not None else None)
 
     def reserve(self, what: Range, segment: str, note: str) -> list[Found]:
@@ -557,7 +557,7 @@ class Operations:
         if found is not None and decisions.ends(found.lease, lease):
             compared, history = self._remembering(segment, address, found.lease, decisions.why_ended(lease))
             expect.update(compared)
-            writes.append(history)
+            writes += history
         return self._commit(expect, writes, proof=key)
 
     def _end(self, found: Found, why: str) -> bool:
@@ -566,16 +566,15 @@ class Operations:
         if found.taken.size() > 1 or not decisions.ends(found.lease, None):
             return self._commit(expect, writes)
         compared, history = self._remembering(found.segment, found.address, found.lease, why)
-        return self._commit(expect | compared, [*writes, history])
+        return self._commit(expect | compared, [*writes, *history])
 
-    def _remembering(self, segment: str, address: Address, ended: Lease, why: str) -> tuple[dict[str, int], Put]:
-        """What the transaction that ends a lease compares and writes besides."""
+    def _remembering(self, segment: str, address: Address, ended: Lease, why: str) -> tuple[dict[str, int], list[Put]]:
+        """What the transaction that ends a lease compares and writes besides. Nothing, where what stands there cannot
+        be read."""
         key = self._keys.past(segment, address)
-        found, _ = self._etcd.get_many([key], deadline=_deadline())
-        known = found[key]
-        past = _read(known.value if known else None, History) or History()
-        now = datetime.datetime.now(datetime.UTC)
-        return {key: known.revision if known else 0}, Put(key, encode(remember(past, ended, why, now)))
+        past = self._etcd.get_many([key], deadline=_deadline())[0][key]
+        history = remembered(past.value if past else None, ended, why, datetime.datetime.now(datetime.UTC))
+        return ({}, []) if history is None else ({key: past.revision if past else 0}, [Put(key, history)])
 
     def _attempts(self, segment: str, address: Address) -> Iterator[Found | None]:
         """The lease as it is now, again and again, for a change that another one got ahead of."""

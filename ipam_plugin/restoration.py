@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
+from urllib.parse import quote, unquote
 
 from ipam_plugin.errors import EtcdRestored, IpamError
 from ipam_plugin.etcd import KeyValue, Position, Put
@@ -66,13 +67,15 @@ def read_seen(text: str) -> Seen | None:
     """None when nothing is there that says it: then nothing is known of an earlier run."""
     try:
         cluster, revision, *restored = text.split()
-        return Seen(Position(int(cluster, 16), int(revision)), *restored[:2])
+        return Seen(Position(int(cluster, 16), int(revision)), *map(unquote, restored[:2]))
     except ValueError:
         return None
 
 
 def write_seen(seen: Seen) -> str:
-    return f"{seen.position.cluster_id:x} {seen.position.revision} {seen.token} {seen.since}".strip()
+    # Quoted, for they stand in etcd, where anybody may have written anything.
+    restored = " ".join(quote(each, safe=":") for each in (seen.token, seen.since))
+    return f"{seen.position.cluster_id:x} {seen.position.revision} {restored}".strip()
 
 
 def is_news(there: Restored | None, known: Restored | None) -> bool:

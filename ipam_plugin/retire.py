@@ -448,13 +448,18 @@ class Retirer:
             while True:
                 read = self._ledger.read_many([found.key, past_key, lost_key], deadline)
                 there, lost = read[found.key], read[lost_key]
+                known = _lost(lost)
+                if known is None:
+                    return kept(
+                        f"the etcd key {lost_key}, where its host is told of it, cannot be read: delete that key"
+                    )
                 if there is None or there.revision != found.revision:
                     # A try whose outcome was not known may have been this one.
-                    done = any(each.token == lease.token for each in _lost(lost).leases)
+                    done = any(each.token == lease.token for each in known.leases)
                     return (str(address), None) if done else kept("it has just changed")
                 entry = LostLease(segment, str(address), lease.kind, lease.token, timestamp(), name)
                 ttl = lost.lease if lost else self._etcd.grant_ttl(LOST_TTL, deadline=deadline)
-                put = Put(lost_key, encode(retirement.with_lost(_lost(lost), entry)), ttl)
+                put = Put(lost_key, encode(retirement.with_lost(known, entry)), ttl)
                 unchanged = {**fence, lost_key: lost.revision if lost else 0}
                 why = f"host {host} retired by {standing.order.by}{' (forced)' if standing.order.force else ''}"
                 try:
@@ -550,6 +555,13 @@ class Retirer:
         if found is None:
             return
         lost = _lost(found)
+        if lost is None:
+            self._alarm(
+                "record_unreadable",
+                f"the etcd key {key} tells what host {self._host} lost while it was away, and cannot be read: look at"
+                " its containers' addresses with ipam-plugin check, then delete that key",
+            )
+            return
         if lost.leases:
             self._alarm("host_was_retired", _told(self._host, lost))
         self._ledger.write("retire", {key: found.revision}, [Delete(key)], deadline)
@@ -609,11 +621,12 @@ def _part(found: KeyValue) -> Part | None:
         return None
 
 
-def _lost(found: KeyValue | None) -> Lost:
+def _lost(found: KeyValue | None) -> Lost | None:
+    """None: what stands there cannot be read."""
     try:
         return decode(found.value, Lost) if found else Lost()
     except ValueError:
-        return Lost()
+        return None
 
 
 def _absent(found: KeyValue) -> str:

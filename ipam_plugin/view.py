@@ -34,10 +34,12 @@ from ipam_plugin.addresses import (
 )
 from ipam_plugin.errors import Refused
 from ipam_plugin.model import (
+    CONFLICT,
     ENDPOINT,
     HELD,
     HOST,
     KINDS,
+    RESERVED,
     STANDBY,
     UNREADABLE,
     UNUSED,
@@ -634,14 +636,17 @@ class View:
             ]
 
     def entries_of(self, host: str) -> list[tuple[str, Address, Entry]]:
-        """All leases of a host, as (segment, address, entry)."""
+        """All leases of a host, as (segment, address, entry).
+
+        An operator's reservation and a stranger's address are no host's, whatever somebody wrote there by hand.
+        """
         with self._changed:
             return [
                 (name, address_of(version, number), entry)
                 for name, segment in self._segments.items()
                 for version, family in segment.families.items()
                 for number, entry in family.entries.items()
-                if entry.host == host
+                if entry.host == host and entry.kind not in (RESERVED, CONFLICT)
             ]
 
     def subnets(self) -> dict[str, set[Network]]:

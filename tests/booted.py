@@ -28,7 +28,9 @@ from tests.lab.node import ROOT, Node, ServiceEnded, children, running
 
 CACHE = Path(os.environ.get("IPAM_TEST_CACHE") or "/var/cache/ipam-plugin-tests")
 SUITE, PYTHON = "bookworm", (3, 11)
-PACKAGES = "systemd-sysv,dbus,python3-venv,iproute2,iputils-ping,etcd-server,etcd-client,docker.io"
+PACKAGES = (
+    "systemd-sysv,dbus,python3-venv,iproute2,iputils-ping,etcd-server,etcd-client,docker.io,openssl,openssh-server"
+)
 
 WHEELS = "/opt/wheels"
 """Where a machine finds the wheels; its pip asks nobody else."""
@@ -220,12 +222,12 @@ class Booted(Node):
     # Commands
 
     def start(self, line: str, cwd: str = "/root") -> Command:
-        """Starts what root types there into a new shell, and does not wait."""
+        """Starts what root types there after a new login, and does not wait."""
         if not self._leader or not self.on:
             raise LabError(f"{self.name} is off")
         login = [f"{name}={value}" for name, value in SHELL.items()]
         words = ["nsenter", "-t", str(self._leader), "-m", "-u", "-i", "-n", "-p", "--", "env", "-i", "-C", cwd, *login]
-        return Command([*words, "setsid", "bash", "-c", line], f"{self.name}# {line}")
+        return Command([*words, "setsid", "bash", "-lc", line], f"{self.name}# {line}")
 
     def __call__(self, line: str, timeout: float = 30, check: bool = True, cwd: str = "/root") -> Result:
         """What a line typed there leaves. Raises CommandError (unless `check` is False), CommandTimeout."""
@@ -298,7 +300,9 @@ def at_once(work: Callable[[BootedHost], str], hosts: list[BootedHost]) -> list[
 
 @contextlib.contextmanager
 def booted_lan() -> Iterator[Lan]:
-    """Before README's first command: Debian with Docker, a bridge, an image, a checkout. Afterwards nothing is left."""
+    """Before README's first command: Debian with Docker, a bridge, an image, a checkout, and root of the first host
+    reaches all of them by ssh. Afterwards nothing is left.
+    """
     tree, found = debian(), wheels()
     mounts = Path("/proc/mounts").read_text()
     with contextlib.ExitStack() as rest:
@@ -313,11 +317,26 @@ def booted_lan() -> Iterator[Lan]:
         lan = Lan(lab, hosts, [f"--bind-ro={found}:{WHEELS}", f"--bind-ro={image}:/opt/busybox.tar"])
         at_once(lambda host: lan.boot(host) or "", hosts)
         lan.everywhere(lambda host: host("docker import /opt/busybox.tar busybox", 60).stdout)
+        _reach_by_ssh(lan)
         yield lan
     assert Path("/proc/mounts").read_text() == mounts
     assert not running(lab.name)
     assert not lab.directory.exists()
     assert [*CGROUPS.glob(lab.name), *CGROUPS.glob(f"*/{lab.name}")] == []
+
+
+def _reach_by_ssh(lan: Lan) -> None:
+    first = lan.hosts[HOSTS[0]]
+    key = first("ssh-keygen -q -t ed25519 -N '' -f .ssh/id_ed25519 && cat .ssh/id_ed25519.pub").stdout.strip()
+    known = lan.everywhere(
+        lambda host: (
+            host(
+                f"mkdir -p -m 700 .ssh && echo '{key}' >>.ssh/authorized_keys && cat /etc/ssh/ssh_host_ed25519_key.pub"
+            ).stdout
+        )
+    )
+    for name, host_key in known.items():
+        first(f"echo '{lan.hosts[name].place.ipv4} {host_key.strip()}' >>.ssh/known_hosts")
 
 
 def address_of(host: BootedHost, container: str) -> str:

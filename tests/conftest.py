@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ import pytest
 
 from etcd_server import ETCD, EtcdCluster
 from ipam_plugin.etcd import Etcd, EtcdSettings
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 
 def missing(what: str, reason: str) -> None:
@@ -23,6 +26,8 @@ def missing(what: str, reason: str) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("etcd") is not None and ETCD is None:
         missing("etcd", "there is no etcd binary")
+    if item.get_closest_marker("browser") is not None and not (CHROMIUM and DRIVER):
+        missing("browser", "there is no Chromium, or no driver for it")
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,8 @@ def lines() -> list[Line]:
             match = re.fullmatch(r"(here|every host|host[123])# (\S.*)", text)
             assert match is not None, f"README.md, under {heading}: who types this? {text}"
             found.append(Line(match[1], match[2], heading))
-            document = re.search(r"<<(\w+)$", match[2])
-            end = document[1] if document else ""
+            document = re.search(r"<<('?)(\w+)\1$", match[2])
+            end = document[2] if document else ""
     assert not inside, "README.md: a console block has no end"
     return found
 

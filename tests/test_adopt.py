@@ -24,6 +24,7 @@ from ipam_plugin.adopt import CONFLICTING, KNOWN, LEASE, NOT_ASKED, RESERVE, Pro
 from ipam_plugin.check import PoolKey, Register
 from ipam_plugin.etcd import Put
 from ipam_plugin.evidence import Bearer, OtherNetwork, Others, OtherSubnet
+from ipam_plugin.explain import explain
 from ipam_plugin.interfaces import Link
 from ipam_plugin.model import (
     CONFLICT,
@@ -541,19 +542,21 @@ def test_an_outage_in_the_middle_of_the_switch(lan: Lan, wire: FakeLan) -> None:
     assert (lease.kind, lease.host) == (ENDPOINT, "a")
 
 
-def test_unreserve_and_retire_end_it(lan: Lan) -> None:
-    """The operator's word ends it, and with the host that is gone its containers are, too."""
-    adopted(lan)
+def test_only_unreserve_ends_it(lan: Lan) -> None:
+    """It is an operator's word: it outlives the host, also when that is retired, until an operator takes it back."""
     ops = Operations(lan.etcd, KEYS, "eve")
-    ops.unreserve(parse_range("192.168.1.20"), "default")
-    assert lan.lease("192.168.1.20") is None
     b = lan.host("b", bridge("192.168.1.12/24"))
     b.create()
     adopted(lan)
     lan.put(KEYS.host("a"), encode(HostRecord("a")))
     lan.put(KEYS.heartbeat("b"), encode(Alive(host="b", machine_id="m", boot_id="b", process="p")))
     b.retire()
-    assert [each.address for each in ops.retire("a", force=True, wait=30)] == ["192.168.1.20"]
+    assert [each.address for each in ops.retire("a", force=True, wait=30)] == []
+    assert lan.lease("192.168.1.20") is not None
+    [facts] = ops.facts(parse_address("192.168.1.20"), "default", "default")
+    assert "host a is not in the register" in "".join(explain(facts).notes)
+    assert "ipam-plugin unreserve 192.168.1.20" in "".join(explain(facts).notes)
+    ops.unreserve(parse_range("192.168.1.20"), "default")
     assert lan.lease("192.168.1.20") is None
 
 

@@ -21,6 +21,13 @@ def test_quick_run_appends_a_row_for_each_number(tmp_path: Path) -> None:
     check(tmp_path, {"socket": 2, "full": 1, "transactions": 1, "exact": 2, "memory": 1, "start": 1})
 
 
+@pytest.mark.browser
+@pytest.mark.etcd
+def test_quick_run_in_a_browser(tmp_path: Path) -> None:
+    """The same for what the page costs."""
+    check(tmp_path, {"page": 8})
+
+
 @pytest.mark.root
 @pytest.mark.engine
 @pytest.mark.etcd

@@ -442,6 +442,21 @@ def test_the_service_is_hardened(units: Path) -> None:
     assert "`systemd-analyze security ipam-plugin` says 1.8" in " ".join((TOP / "README.md").read_text().split())
 
 
+def test_the_page_has_no_rights_at_all(units: Path) -> None:
+    """Exposure at most 1.1, no capability, no user that stays, and neither Docker's socket nor the plugin's."""
+    done = analyze("verify", "--man=no", "./ipam-plugin-web.service", cwd=units)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    done = analyze("security", "--offline=yes", "--threshold=11", "--no-pager", "./ipam-plugin-web.service", cwd=units)
+    assert done.returncode == 0, done.stdout
+    assert "`systemd-analyze security ipam-plugin-web` says 1.1" in " ".join((TOP / "README.md").read_text().split())
+    settings = (units / "ipam-plugin-web.service").read_text().splitlines()
+    assert {"DynamicUser=yes", "CapabilityBoundingSet=", "AmbientCapabilities=", "NoNewPrivileges=yes"} <= {*settings}
+    [hidden] = [line for line in settings if line.startswith("InaccessiblePaths=")]
+    assert "-/run/docker.sock" in hidden
+    assert "-/run/ipam-plugin" in hidden
+    assert "ExecStart=/bin/true web --listen ${LISTEN}" in settings
+
+
 def test_the_service_may_open_raw_sockets_and_no_more(units: Path) -> None:
     """One capability, in the set that a process without root gets and in the one that nobody below it can leave."""
     settings = (units / "ipam-plugin.service").read_text().splitlines()

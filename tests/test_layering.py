@@ -27,10 +27,11 @@ ALLOWED = {
     "evidence": {"addresses", "errors", "model"},
     "dockerd": {"addresses", "errors", "evidence"},
     "check": {"addresses", "decisions", "errors", "evidence", "model"},
+    "board": {"addresses", "errors", "model"},
     "etcd3_import": set(),
     "etcd": {"errors", "etcd3_import"},
     "config": {"addresses", "errors"},
-    "metrics": set(),
+    "metrics": {"addresses"},
     "embedded_etcd": {"errors"},
     "install": {"errors"},
     "ledger": {"addresses", "decisions", "errors", "etcd", "model", "view"},
@@ -54,16 +55,17 @@ ALLOWED = {
     "explain": {"addresses", "model"},
     "adopt": {"addresses", "check", "decisions", "evidence", "explain", "model"},
     "operations": {"addresses", "adopt", "check", "decisions", "errors", "etcd", "explain", "model"},
-    "host": {"errors", "etcd", "interfaces", "model", "register", "view"},
+    "host": {"addresses", "errors", "etcd", "interfaces", "model", "register", "view"},
     "app": {"errors", "metrics", "model", "protocol"},
     "daemon": {
         "addresses", "app", "claims", "config", "dockerd", "embedded_etcd", "errors", "etcd", "holds", "host",
         "interfaces", "journal", "ledger", "metrics", "model", "neighbourhood", "outage", "reconcile", "register",
         "restoration", "retire", "standby", "vendors", "view", "wire",
     },
+    "web": {"addresses", "board", "errors", "etcd", "model"},
     "cli": {
         "addresses", "adopt", "check", "config", "daemon", "dockerd", "errors", "evidence", "explain", "host",
-        "install", "journal", "model", "operations", "scan", "vendors",
+        "install", "journal", "model", "operations", "scan", "vendors", "web",
     },
 }  # fmt: skip
 
@@ -76,14 +78,15 @@ OWNERS = {
     "requests": {"dockerd"},  # its errors come through the SDK as they are
     "pyroute2": {"interfaces"},
     "yaml": {"config"},
-    "flask": {"app", "daemon"},  # the daemon only names the type
-    "werkzeug": {"app"},
-    "gunicorn": {"daemon"},
+    "flask": {"app", "daemon", "web"},  # the daemon only names the type
+    "werkzeug": {"app", "web"},
+    "gunicorn": {"daemon", "web"},
     "prometheus_client": {"metrics"},
     "click": {"cli"},
     "rich": {"cli"},
     "msgspec": {
         "app",
+        "board",
         "check",
         "cli",
         "config",
@@ -98,6 +101,7 @@ OWNERS = {
         "register",
         "retire",
         "retirement",
+        "web",
     },
 }
 
@@ -114,6 +118,7 @@ PURE = {
     "check": {"collections", "datetime", "typing"},
     "explain": {"collections", "datetime", "enum", "typing"},
     "adopt": {"collections", "shlex", "typing"},
+    "board": {"collections", "heapq", "typing"},
 }
 CLOCKS = {"now", "utcnow", "today", "time", "monotonic"}
 

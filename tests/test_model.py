@@ -137,6 +137,7 @@ def test_any_request_is_a_pool_or_refused(subnet: str, narrowed: str, options: d
         ("10.0.0.0/24", "", {"exclude": "10.0.1.1"}, "--ipam-opt exclude: 10.0.1.1 does not lie inside --subnet"),
         ("10.0.0.0/24", "", {"exclude": "ten"}, "--ipam-opt exclude: 'ten' is not an IPv4 or IPv6 address"),
         ("10.0.0.0/24", "", {"hold": "long"}, "--ipam-opt hold: 'long' is not a duration such as 30s, 10m or 24h"),
+        ("10.0.0.0/24", "", {"hold": "999999999d"}, "--ipam-opt hold: '999999999d' is longer than 30d"),
         ("224.0.0.0/24", "", {}, "--subnet 224.0.0.0/24 is no subnet that machines of a LAN can have addresses in"),
         ("127.0.0.0/8", "", {}, "--subnet 127.0.0.0/8 is no subnet"),
         ("169.254.0.0/16", "", {}, "--subnet 169.254.0.0/16 is no subnet"),

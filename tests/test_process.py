@@ -470,44 +470,6 @@ def test_a_state_dir_that_cannot_be_made_is_named(make: Make, tmp_path: Path) ->
     assert not daemon.socket.exists()
 
 
-# ---- secrets
-
-
-def test_the_password_is_nowhere_to_be_read(tmp_path: Path) -> None:
-    """Not in the log, also at its most talkative and when the login fails, nor where other users look (ps)."""
-    password, wrong = "correct-horse-battery", "staple-of-the-wrong-kind"
-    file = tmp_path / "password"
-    file.write_text(wrong + "\n")
-    with EtcdCluster() as cluster:
-        cluster.enable_auth("ipam", password, "/secret/")
-        daemon = DaemonProcess(
-            tmp_path / "a",
-            cluster.endpoints,
-            host="a",
-            prefix="/secret/",
-            deadline="3s",
-            etcd={"username": "ipam", "password_file": str(file), "timeout": "2s"},
-            log={"level": "debug"},
-        )
-        with daemon:
-            daemon.wait_answering()
-            refused = daemon.request_pool(SUBNET)
-            assert refused.status == 503
-            assert "authentication failed" in refused.error
-            daemon.kill()
-            file.write_text(password + "\n")
-            daemon.start()
-            daemon.wait_answering()
-            assert daemon.request_address(daemon.pool(SUBNET)).ok
-            until(lambda: "RequestAddress" in daemon.text(), "the line of the log, which is written after the answer")
-            shown = daemon.text()
-            for process in daemon.processes():
-                for name in ("cmdline", "environ"):
-                    shown += Path(f"/proc/{process}/{name}").read_bytes().decode(errors="replace")
-            assert password not in shown
-            assert wrong not in shown
-
-
 # ---- systemd
 
 #: What systemd does for a socket unit: the listening socket becomes descriptor 3 of the process that it names.

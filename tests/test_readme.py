@@ -48,7 +48,8 @@ def test_links_lead_somewhere() -> None:
 def test_all_subcommands_and_no_others_are_described() -> None:
     """README is where an operator looks; `--help` only repeats it."""
     code = "\n".join([*re.findall(r"`([^`\n]+)`", TEXT), *(line.command for line in lines())])
-    named = set(re.findall(r"(?<![\w/.-])(?:\S*/bin/)?ipam-plugin ([a-z][a-z-]*)", code))
+    # At the beginning of a command: it is also the name of a user, of a role and of a certificate.
+    named = set(re.findall(r"(?m)(?:^|[;&|] )(?:\S*/bin/)?ipam-plugin ([a-z][a-z-]*)", code))
     assert named == set(cli.commands)
 
 
@@ -243,6 +244,24 @@ def etcd_is_a_cluster(lan: Lan, said: dict[str, str]) -> None:
     until(healthy, 30, "etcd has three members", pause=0.2)
 
 
+def the_daemons_have_few_rights(lan: Lan, said: dict[str, str]) -> None:
+    """With their certificate nobody reaches what is not theirs: another key, users and roles, the members' own port."""
+    host = lan.hosts["host2"]
+    own = "/etc/ipam-plugin/ipam-plugin"
+    ctl = "etcdctl --endpoints https://192.168.77.11:2379 --cacert /etc/ipam-plugin/ca.pem"
+    ctl += f" --cert {own}.pem --key {own}.key"
+    assert host(f"{ctl} put /ipam-plugin/v1/x 1 && {ctl} del /ipam-plugin/v1/x").stdout == "OK\n1\n"
+    for beyond in ("get /other", "put /ipam-plugin/v2/x 1", "get '' --prefix", "user add x:y", "auth disable"):
+        assert "permission denied" in host(f"{ctl} {beyond}", check=False).stderr, beyond
+    for other in ("http://192.168.77.11:2379", "https://192.168.77.11:2379 --cacert /etc/ipam-plugin/ca.pem"):
+        assert host(f"etcdctl --command-timeout 1s --endpoints {other} get /other", check=False).status != 0
+    for name, may in (("ipam-plugin/ipam-plugin", False), ("etcd/etcd", True)):
+        asked = f"openssl s_client -connect 192.168.77.11:2380 -CAfile /etc/etcd/ca.pem -cert /etc/{name}.pem"
+        typed = "printf 'GET /members HTTP/1.0\\r\\n\\r\\n'; sleep 1"
+        answer = host(f"({typed}) | {asked} -key /etc/{name}.key -quiet 2>&1", check=False).stdout
+        assert ("peerURLs" in answer) == may, answer
+
+
 def nothing_is_started(lan: Lan, said: dict[str, str]) -> None:
     for host in lan.hosts.values():
         states = host("systemctl is-active ipam-plugin.socket ipam-plugin.service", check=False).stdout.split()
@@ -256,6 +275,10 @@ def the_daemon_serves(lan: Lan, said: dict[str, str]) -> None:
         assert host(f"systemctl is-active {units}").stdout.split() == ["active"] * 3
         assert {"ipam-plugin.service", "ipam-plugin.socket"} <= set(host.show("docker.service", "After").split())
         assert host(f"stat -c '%a %U' {SOCKET}").stdout == "600 root\n"
+        assert host("stat -c '%a %U' /var/lib/ipam-plugin").stdout == "700 ipam-plugin\n"
+        connect = f"import socket; socket.socket(socket.AF_UNIX).connect('{SOCKET}')"
+        other = host(f'setpriv --reuid nobody --regid nogroup --clear-groups python3 -c "{connect}"', check=False)
+        assert "PermissionError: [Errno 13]" in other.stderr
         process = host.show("ipam-plugin.service", "MainPID")
         assert host(f"stat -c %U /proc/{process}").stdout == "ipam-plugin\n"
         score = host("systemd-analyze security --no-pager ipam-plugin.service").stdout.splitlines()[-1]
@@ -272,6 +295,28 @@ def every_host_is_alive(lan: Lan, said: dict[str, str]) -> None:
         until(lambda name=name: alive(name), 20, f"all hosts are alive, says {name}", pause=0.2)  # type: ignore[misc]
     table = lan.hosts["host1"]("ipam-plugin hosts").stdout
     assert re.findall(r"(?m)^(host\d) +yes ", table) == list(HOSTS)
+
+
+def the_page_is_served(lan: Lan, said: dict[str, str]) -> None:
+    """To a browser on host1, by a user that is none of /etc/passwd and may read what only the service's group may."""
+    host = lan.hosts["host1"]
+    look = (
+        "import urllib.request as u; print(u.urlopen('http://127.0.0.1:9180/api/overview', timeout=10).read().decode())"
+    )
+
+    def told() -> list[tuple[str, bool]]:
+        answer = host(f'python3 -c "{look}"', check=False).stdout
+        return [(each["name"], each["alive"]) for each in json.loads(answer)["hosts"]] if answer else []
+
+    everybody = [(name, True) for name in HOSTS]
+    until(lambda: told() == everybody, 30, "the page tells of the hosts", pause=0.2)
+    host("chown root:ipam-plugin /etc/ipam-plugin/config.yaml && chmod 640 /etc/ipam-plugin/config.yaml")
+    host("systemctl restart ipam-plugin-web.service")
+    until(lambda: told() == everybody, 30, "the page tells of the hosts again", pause=0.2)
+    host("chown root:root /etc/ipam-plugin/config.yaml && chmod 644 /etc/ipam-plugin/config.yaml")
+    user = host(f"stat -c %u /proc/{host.show('ipam-plugin-web.service', 'MainPID')}").stdout.strip()
+    assert 61184 <= int(user) <= 65519, "systemd's range for dynamic users"
+    TIMES.append(host("systemd-analyze security --no-pager ipam-plugin-web.service").stdout.splitlines()[-1].strip())
 
 
 def standby_is_kept(lan: Lan, said: dict[str, str]) -> None:
@@ -383,7 +428,7 @@ def the_router(lan: Lan, said: dict[str, str]) -> None:
 
 def taken_back(lan: Lan, said: dict[str, str]) -> None:
     assert json.loads(lan.hosts["host1"]("ipam-plugin leases --kind standby --host host3 -o json").stdout) == []
-    assert "ipam-plugin.socket and ipam-plugin.service stopped and disabled" in said["host3"]
+    assert "ipam-plugin.socket, ipam-plugin.service, ipam-plugin-web.service stopped and disabled" in said["host3"]
     host = lan.hosts["host3"]
     assert host(f"ls {SOCKET} /usr/local/bin/ipam-plugin /etc/docker/plugins", check=False).stdout == ""
     assert host("systemctl is-active docker.service").stdout == "active\n"
@@ -405,10 +450,18 @@ def the_address_is_free(lan: Lan, said: dict[str, str]) -> None:
     until(lambda: " is free" in lan.hosts["host2"]("ipam-plugin show 192.168.77.13").stdout, 10, "a free address")
 
 
+def it_logs_in(lan: Lan, said: dict[str, str]) -> None:
+    """As the user of the password: without its role, nothing can be read any more."""
+    host = lan.hosts["host1"]
+    host("etcdctl user revoke-role docker-hosts ipam-plugin")
+    assert "permission denied" in host("ipam-plugin hosts", check=False).stderr
+    host("etcdctl user grant-role docker-hosts ipam-plugin")
+
+
 def files(host: BootedHost) -> list[str]:
     """Everything on a host that could be of the installation: files, units, users, processes."""
     looks = (
-        "find /etc /usr/local /opt -xdev ! -name '*-' ! -name .pwd.lock ! -path '/etc/default/etcd'",
+        "find /etc /usr/local /opt -xdev ! -name '*-' ! -name .pwd.lock ! -path '/etc/*etcd' ! -path '/etc/etcd/*'",
         "find / /run -xdev -iname '*ipam*' ! -path '/root/*' ! -path '/var/lib/docker/*'",
         "cat /etc/passwd /etc/group /etc/shadow /etc/gshadow",
         "systemctl list-units --all --plain --no-legend '*ipam*'",
@@ -420,12 +473,14 @@ def files(host: BootedHost) -> list[str]:
 # After the first such command, and nothing is typed meanwhile.
 CHECKS: dict[tuple[str, str], Callable[[Lan, dict[str, str]], None]] = {
     ("host1", "timeout 60 sh -c 'until etcdctl endpoint health"): etcd_is_a_cluster,
+    ("host1", "etcdctl auth enable"): the_daemons_have_few_rights,
     ("every host", "/opt/ipam-plugin/bin/ipam-plugin install"): nothing_is_started,
     ("every host", "systemctl enable --now ipam-plugin.socket"): the_daemon_serves,
     ("every host", "ipam-plugin hosts"): every_host_is_alive,
     ("every host", "docker run --detach --network lan --name web1"): containers_answer,
     ("host1", "ipam-plugin segment default --router"): standby_is_kept,
     ("host1", "ipam-plugin show 192.168.77.254"): the_router,
+    ("host1", "systemctl enable --now ipam-plugin-web"): the_page_is_served,
     ("host1", f"docker run --rm --network lan --ip {PRINTER}"): somebody_has_it,
     ("host1", f"ipam-plugin show {PRINTER}"): the_printer_was_found,
     ("host1", f"ipam-plugin release {PRINTER}"): the_conflict_ended,
@@ -441,6 +496,7 @@ CHECKS: dict[tuple[str, str], Callable[[Lan, dict[str, str]], None]] = {
     ("host3", "userdel"): nothing_is_left,
     ("host1", "ipam-plugin host retire host3 ||"): what_answers_stays,
     ("host1", "ipam-plugin host retire host3 --force"): the_address_is_free,
+    ("host1", "systemctl restart ipam-plugin.service"): it_logs_in,
 }
 
 

@@ -19,7 +19,9 @@ from ipam_plugin.restoration import Seen, is_news, read_seen, unanswered, write_
 
 TINY = "192.168.1.96/29"  # 8 addresses
 MAC = "02:42:00:00:00:77"
-words = st.text("abcXYZ09_-:.", min_size=1, max_size=20)
+words = st.text("abcXYZ09_-:.", min_size=1, max_size=20) | st.text(
+    st.characters(exclude_categories=("Cs",)), min_size=1, max_size=20
+)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from . import docker_run, requests, size, wire
+from . import docker_run, page, requests, size, wire
 from .measure import FULL, QUICK, TABLE, Row, Scale, append, disk, file_system
 from .stage import Stage
 
@@ -22,6 +22,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "exact": requests.exact,
     "memory": size.memory,
     "start": size.start,
+    "page": page.page,
     "docker-run": docker_run.docker_run,
     "standby": wire.standby,
     "starts": docker_run.starts,

@@ -32,7 +32,8 @@ class Scale:
     pool: int  # addresses of that pool
     exact_daemons: int
     exact_pool: int
-    starts: int  # starts of a daemon or of a container, per side
+    starts: int  # starts of a daemon or of a container, or openings of a page, per side
+    changes: int  # that an open page follows
     stock: int  # addresses in standby
     stock_rounds: int  # each needs a new stock, which takes half a minute
     stock_block: int  # requests per turn, fewer than there are in stock
@@ -53,6 +54,7 @@ FULL = Scale(
     exact_daemons=10,
     exact_pool=1_000,
     starts=5,
+    changes=40,
     stock=64,
     stock_rounds=10,
     stock_block=48,
@@ -72,6 +74,7 @@ QUICK = Scale(
     exact_daemons=2,
     exact_pool=20,
     starts=1,
+    changes=2,
     stock=8,
     stock_rounds=1,
     stock_block=6,
@@ -225,6 +228,9 @@ another: compare ratios.
   These daemons, their etcd and the client are in network namespaces of one machine.
 - *in the flood*: 10,000 ARP frames a second, each of another machine in the subnet of the daemon's pool, 10.0.0.0/8.
   The program that sends them is on the same machine.
+- *first paint*, *drawn*: in headless Chromium, each time in a page that is opened anew, from the beginning of the
+  navigation to what the browser calls first contentful paint (the page's frame), and to the first frame with what was
+  asked of the register. *in an open page*: the map of a /24; changes at random moments. All on the machine of the etcd.
 
 | date | version | machine | what | value | numerator | baseline | must | met | how |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
