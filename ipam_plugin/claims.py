@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from ipam_plugin import decisions
 from ipam_plugin.addresses import Address
-from ipam_plugin.decisions import Claim, Decision
+from ipam_plugin.decisions import KEEP, Claim, Decision
 from ipam_plugin.errors import (
     AddressTaken,
     EtcdUnavailable,
@@ -34,8 +34,8 @@ from ipam_plugin.errors import (
     Refused,
 )
 from ipam_plugin.etcd import Delete, Put
-from ipam_plugin.ledger import Ledger
-from ipam_plugin.model import CONFLICT, HELD, STANDBY, Container, Keys, Lease, Pool, encode, read_lease
+from ipam_plugin.ledger import Ended, Ledger, ended_by
+from ipam_plugin.model import CONFLICT, HELD, RESERVED, STANDBY, Container, Keys, Lease, Pool, encode, read_lease
 from ipam_plugin.neighbourhood import Look, Neighbourhood, Verdict
 from ipam_plugin.outage import Outage
 from ipam_plugin.view import Held, View
@@ -60,7 +60,8 @@ class Slot(NamedTuple):
     token: str
     looked: float  # when the wire was asked last, monotonic seconds
     unproven: str = ""  # why that look proved nothing
-    held: Lease | None = None  # what makes it this host's, if not standby: it is kept for a container that stopped
+    kept: Lease | None = None  # what makes it this host's, if not standby (decisions.is_kept_for)
+    conflict: Lease | None = None  # the stranger of which the claim took the place, until it is handed out
 
 
 class Stock:
@@ -238,7 +239,7 @@ def _fits(pool: Pool, slot: Slot) -> bool:
 
 def _kept(pool: Pool, held: Held) -> Slot:
     """A claim of this host's already. Nothing has to be written before the wire is asked, nothing when it answers."""
-    return Slot(pool, held.address, held.revision, held.lease.token, looked=-math.inf, held=held.lease)
+    return Slot(pool, held.address, held.revision, held.lease.token, looked=-math.inf, kept=held.lease)
 
 
 class Claims:
@@ -334,20 +335,26 @@ class Claims:
         held = self._view.held_at(pool.segment, address)
         if held is not None:
             decide(held.lease, self._ledger.claim(pool, address))  # else refused
-            slot, before = _kept(pool, held), None
+            slot = _kept(pool, held)
         else:
-            slot, before = self._claim_this(pool, address, decide, deadline)
-        looked = self._looked_at(slot, deadline, before=before)
+            slot = self._claim_this(pool, address, decide, deadline)
+        looked = self._looked_at(slot, deadline)
         if isinstance(looked, Slot):
             return looked
         if looked.verdict is Verdict.UNKNOWN:
-            assert before is not None
+            assert slot.conflict is not None
             raise AddressTaken(
-                f"{address} of pool {pool} is taken: {before.told()}; that it has gone cannot be told now, because the"
-                f" wire cannot be heard: {looked.reason}"
+                f"{address} of pool {pool} is taken: {slot.conflict.told()}; that it has gone cannot be told now,"
+                f" because the wire cannot be heard: {looked.reason}"
             )
         who = f"a machine that is none of ours{self._made_by(looked.mac)}"
-        if looked.verdict is Verdict.OURS:
+        container = slot.kept.container if slot.kept is not None and slot.kept.kind == RESERVED else None
+        if container is not None and slot.kept is not None and looked.mac == slot.kept.mac:
+            who = (
+                "the container itself, which still has its old network: docker network disconnect"
+                f" {container.network} {container.name}"
+            )
+        elif looked.verdict is Verdict.OURS:
             who = "a Docker host, or a container that has just ended"
         elif looked.verdict is Verdict.HEARD:
             who = "a machine that uses it or is about to"
@@ -369,7 +376,7 @@ class Claims:
             raise
         except BaseException:
             # One that was asked for by name may lie where no request without a name finds it.
-            ahead = slot.held is None and slot.pool.candidates.contains(slot.address)
+            ahead = slot.kept is None and slot.pool.candidates.contains(slot.address)
             if not (ahead and self._stock.put(slot)):
                 self._stock.let_go(slot.token)
             raise
@@ -386,21 +393,25 @@ class Claims:
         while True:
             settings = self._ledger.settings(pool.segment)
             excluded = any(each.contains(slot.address) for each in pool.exclude)
-            if slot.held is not None and self._outage.is_waiting(pool.segment, slot.address):
+            if slot.kept is not None and self._outage.is_waiting(pool.segment, slot.address):
                 return False  # another container got it from the journal
-            if excluded or self._view.forbids(pool.segment, slot.address):
+            reason = self._view.forbids(pool.segment, slot.address)
+            if slot.kept is not None and slot.kept.kind == RESERVED and (excluded or reason):
+                # An operator's word, which is not taken back here.
+                raise AddressTaken(f"{slot.address} of pool {pool} cannot be given: {reason or 'it is excluded'}")
+            if excluded or reason:
                 self.give_back(slot, deadline)
                 return False
             claim = self._ledger.claim(pool, slot.address)
-            lease = lease_of(slot.held or Lease(kind=STANDBY, host=self._host, token=slot.token), claim)
+            lease = lease_of(slot.kept or Lease(kind=STANDBY, host=self._host, token=slot.token), claim)
             assert isinstance(lease, Lease)
             try:
                 if self._outage.lasts:
                     self._give_from_journal(pool, slot, lease)
                     return True
-                commit = self._ledger.grant(
-                    claim, lease, slot.revision, settings, self._outage.patience(deadline), abandon=False
-                )
+                patience = self._outage.patience(deadline)
+                ended = self._ended(slot, lease, patience)
+                commit = self._ledger.grant(claim, lease, slot.revision, settings, patience, abandon=False, ended=ended)
             except (EtcdUnavailable, OutcomeUnknown) as error:
                 self._outage.noticed(error)
                 try:
@@ -416,6 +427,14 @@ class Claims:
             if there is None or read_lease(there.value).token != slot.token:
                 return False  # an operator took it
             slot = slot._replace(revision=there.revision)
+
+    def _ended(self, slot: Slot, after: Lease | None, deadline: float) -> Ended | None:
+        """Who had the address of a claim before, where `after` ends that. Standby was nobody's: no question to etcd."""
+        before = slot.kept or slot.conflict
+        if not decisions.ends(before, after):
+            return None
+        past = self._ledger.read(self._keys.past(slot.pool.segment, slot.address), deadline)
+        return ended_by(before, after, past, "" if after else "it may not be given any more")
 
     def _give_from_journal(self, pool: Pool, slot: Slot, lease: Lease) -> None:
         """It is this host's in etcd, and nobody else takes it from there. Raises JournalFailed, or EtcdUnavailable
@@ -466,19 +485,17 @@ class Claims:
         looked = self._looked_at(slot, deadline, thorough=thorough)
         return looked if isinstance(looked, Slot) else None
 
-    def _looked_at(
-        self, slot: Slot, deadline: float, *, thorough: bool = False, before: Lease | None = None
-    ) -> Slot | Look:
+    def _looked_at(self, slot: Slot, deadline: float, *, thorough: bool = False) -> Slot | Look:
         """The slot, silent or as unproven as the policy allows; or the answer that spoiled it, its claim settled.
 
-        `before`: the conflict that stood there, which comes back where nothing is proven against it, whatever the
-        policy is about addresses of which nothing is known.
+        A conflict that stood there comes back where nothing is proven against it, whatever the policy is about
+        addresses of which nothing is known. What is reserved for a container stays so, whoever answers.
         """
         try:
             look = self._neighbourhood.look(slot.pool, slot.address, deadline, thorough=thorough)
             if look.verdict is Verdict.FREE:
                 return slot._replace(looked=time.monotonic(), unproven="")
-            if look.verdict is Verdict.UNKNOWN and before is None:
+            if look.verdict is Verdict.UNKNOWN and slot.conflict is None:
                 if self._neighbourhood.habits(slot.pool).refuse:
                     raise ProbeFailed(
                         f"{slot.address} of pool {slot.pool} is not given, because the wire cannot be heard"
@@ -486,13 +503,13 @@ class Claims:
                     )
                 return slot._replace(looked=time.monotonic(), unproven=look.reason)
         except BaseException:
-            self._undo(slot, before, deadline)
+            self._undo(slot, deadline)
             raise
-        if look.verdict is Verdict.STRANGER:
+        if look.verdict is Verdict.STRANGER and not (slot.kept is not None and slot.kept.kind == RESERVED):
             self._becomes_conflict(slot, look.mac, deadline)
         else:
             self._view.skip(slot.pool.segment, slot.address, OURS_FOR)
-            self._undo(slot, before, deadline)
+            self._undo(slot, deadline)
         return look
 
     def _claim_next(self, pool: Pool, deadline: float, purpose: str) -> Slot:
@@ -518,33 +535,38 @@ class Claims:
 
     def _claim_this(
         self, pool: Pool, address: Address, decide: Callable[[Lease | None, Claim], Decision], deadline: float
-    ) -> tuple[Slot, Lease | None]:
-        """The claim, and the conflict that it took the place of."""
-        key = self._keys.lease(pool.segment, address)
-        found = self._ledger.read(key, deadline)
+    ) -> Slot:
+        key, past_key = self._keys.lease(pool.segment, address), self._keys.past(pool.segment, address)
+        read = self._ledger.read_many([key, past_key], deadline)
         while True:
             settings = self._ledger.settings(pool.segment)
+            found = read[key]
             before = read_lease(found.value) if found else None
             if before is not None and before.kind == STANDBY and self._stock.is_in_hand(before.token):
                 # Another request of this host, or the keeper, is about to know more of it.
                 self._await_hand(pool, address, before.token, deadline)
-                found = self._ledger.read(key, deadline)
+                read = self._ledger.read_many([key, past_key], deadline)
                 continue
             claim = self._ledger.claim(pool, address)
             lease = decide(before, claim)
+            if lease is KEEP:
+                assert found is not None
+                assert before is not None
+                return Slot(pool, address, found.revision, before.token, looked=-math.inf, kept=before)
             assert isinstance(lease, Lease)
             self._stock.hold(claim.token, pool)
             try:
                 revision = found.revision if found else 0
-                commit = self._ledger.grant(claim, lease, revision, settings, deadline, purpose="claim")
+                ended = ended_by(before, lease, read[past_key])
+                commit = self._ledger.grant(claim, lease, revision, settings, deadline, purpose="claim", ended=ended)
             except BaseException:
                 self._stock.let_go(claim.token)
                 raise
             if commit.applied:
-                slot = Slot(pool, address, commit.revision, claim.token, looked=-math.inf)
-                return slot, before if before and before.kind == CONFLICT else None
+                conflict = before if before is not None and before.kind == CONFLICT else None
+                return Slot(pool, address, commit.revision, claim.token, looked=-math.inf, conflict=conflict)
             self._stock.let_go(claim.token)
-            found = commit.found[key]
+            read = {**read, **commit.found}
 
     def _await_hand(self, pool: Pool, address: Address, token: str, deadline: float) -> None:
         taken = self._stock.take_looking(lambda slot: slot.token == token)
@@ -558,41 +580,42 @@ class Claims:
         claim = self._ledger.claim(slot.pool, slot.address)
         lease = decisions.found_in_use(claim, mac, self._vendor_of(mac))
         try:
-            if self._replace_claim(
-                slot, Put(self._keys.lease(slot.pool.segment, slot.address), encode(lease)), deadline
-            ):
+            if self._replace_claim(slot, lease, deadline):
                 self.conflicts += 1
                 log.warning("%s of segment %s is in use: %s", slot.address, slot.pool.segment, lease.told())
         finally:
             self._stock.let_go(slot.token)
 
     def give_back(self, slot: Slot, deadline: float) -> None:
-        """The claim ends; nobody had the address, so nothing remembers it."""
+        """The claim ends; nobody had the address of standby, so nothing remembers it."""
         try:
-            self._replace_claim(slot, Delete(self._keys.lease(slot.pool.segment, slot.address)), deadline)
+            self._replace_claim(slot, None, deadline)
         finally:
             self._stock.let_go(slot.token)
 
-    def _undo(self, slot: Slot, before: Lease | None, deadline: float) -> None:
-        if slot.held is not None:
+    def _undo(self, slot: Slot, deadline: float) -> None:
+        if slot.kept is not None:
             return  # nothing was written: it is kept as before
-        key = self._keys.lease(slot.pool.segment, slot.address)
         try:
             end = min(deadline, time.monotonic() + UNDO_PATIENCE)
-            self._replace_claim(slot, Put(key, encode(before)) if before else Delete(key), end)
+            self._replace_claim(slot, slot.conflict, end)
         except IpamError as error:
             log.info("%s stays claimed until the keeper of standby finds it: %s", slot.address, error)
         finally:
             self._stock.let_go(slot.token)
 
-    def _replace_claim(self, slot: Slot, write: Put | Delete, deadline: float) -> bool:
-        """Whether the claim stood there until this write."""
+    def _replace_claim(self, slot: Slot, after: Lease | None, deadline: float) -> bool:
+        """Whether the claim stood there until this write. What it took the place of is remembered where that ends."""
+        key = self._keys.lease(slot.pool.segment, slot.address)
+        write = Put(key, encode(after)) if after is not None else Delete(key)
+        place = (slot.pool.segment, slot.address)
         revision = slot.revision
         while True:
-            commit = self._ledger.write("standby", {write.key: revision}, [write], deadline)
+            compared, history = self._ledger.remembering(place, self._ended(slot, after, deadline))
+            commit = self._ledger.write("standby", {key: revision, **compared}, [*history, write], deadline)
             if commit.applied:
                 return True
-            there = commit.found[write.key]
+            there = commit.found[key]
             if there is None or read_lease(there.value).token != slot.token:
                 return False
             revision = there.revision
@@ -623,8 +646,8 @@ class Claims:
         slot = self._first_silent(pool, held, deadline)
         if slot is None:
             raise PoolExhausted(f"{full}; what is held for stopped containers answers on the wire")
-        assert slot.held is not None
-        log.info("%s of pool %s, %s, gives way: nothing else is free", slot.address, pool, slot.held.told())
+        assert slot.kept is not None
+        log.info("%s of pool %s, %s, gives way: nothing else is free", slot.address, pool, slot.kept.told())
         return slot
 
     def _is_spared(self, pool: Pool, *kinds: str) -> bool:

@@ -27,20 +27,25 @@ from rich.table import Table
 from rich.text import Text
 
 from ipam_plugin import __version__
+from ipam_plugin import adopt as adopting
 from ipam_plugin import check as checking
 from ipam_plugin.addresses import Address, Network, Range, parse_address, parse_network, parse_range
 from ipam_plugin.addresses import printable as _clean
 from ipam_plugin.check import Difference, World
 from ipam_plugin.config import Config, find, load
 from ipam_plugin.errors import ConfigError, DockerUnavailable, IpamError, ProbeFailed, Refused
+from ipam_plugin.explain import Explanation, Facts, Journalled, Local, explain
+from ipam_plugin.journal import work_in
 from ipam_plugin.model import CONFLICT, KINDS, NAME, Keys, Lease, SegmentSettings
-from ipam_plugin.operations import Explanation, Known, Operations, plain
+from ipam_plugin.operations import Known, Operations, plain
 from ipam_plugin.vendors import vendor_of
 
 if TYPE_CHECKING:
+    from ipam_plugin.adopt import Proposal
     from ipam_plugin.dockerd import Dockerd
     from ipam_plugin.etcd import Etcd
     from ipam_plugin.evidence import Look as DockerLook
+    from ipam_plugin.evidence import OtherNetwork, Others
     from ipam_plugin.scan import Report, Target
 
 EMBEDDED_DATA = Path("/var/lib/ipam-plugin/etcd")
@@ -215,50 +220,83 @@ def _is_of(lease: Lease, host: str) -> bool:
 
 @cli.command()
 @click.argument("address", type=_AddressType())
+@click.option("--wire", is_flag=True, help="Ask the wire as well: by root, on a machine of that LAN.")
 @segment_option
 @output_option
 @_with_operations
-def show(ops: Operations, config: Config, address: Address, segment: str | None, output: str) -> None:
-    """Say who has ADDRESS, since when, why it is not given, and who had it."""
-    explained = ops.explain(address, segment, config.segment)
+def show(ops: Operations, config: Config, address: Address, wire: bool, segment: str | None, output: str) -> None:
+    """Say who has ADDRESS or why it is not given, and who had it, from when to when, and why that ended.
+
+    On a Docker host its journal is looked at, too: what was given or released while etcd was away.
+    """
+    facts = ops.facts(address, segment, config.segment, functools.partial(_local, config))
+    facts = [each._replace(journal=_journalled(config, each)) for each in facts]
+    if wire:
+        facts = [each._replace(wire=_on_the_wire(ops, config, each)) for each in facts]
+    explained = [explain(each) for each in facts]
+    told = explained if segment else [each for each in explained if each.known]
+    told = told or [each for each in explained if each.segment == config.segment]
     if output == "json":
         _json(
             [
                 {
                     "segment": each.segment,
                     "address": str(each.address),
+                    "verdict": each.verdict.value,
                     "lease": plain(each.lease) if each.lease else None,
                     "reasons": each.reasons,
+                    "notes": each.notes,
                     "history": plain(each.past),
                 }
-                for each in explained
+                for each in told
             ]
         )
         return
-    for each in explained:
-        for line in _explain(each):
+    for each in told:
+        for line in _explained(each):
             click.echo(_clean(line))
 
 
-def _explain(each: Explanation) -> Iterable[str]:
-    where = f"{each.address} in segment {each.segment}"
-    if each.lease is not None:
-        yield f"{where} is taken ({each.lease.kind}): {each.lease.told()}"
-        if each.lease.pool:
-            yield f"  pool {each.lease.pool}"
-        for holder in each.lease.holders:
-            yield f"  used by host {holder.host}, pool {holder.pool}"
-    elif each.reasons:
-        yield f"{where} has no lease, and is not given:"
-    else:
-        yield f"{where} is free"
-    for reason in each.reasons:
-        yield f"  {reason}"
+def _explained(each: Explanation) -> Iterable[str]:
+    yield each.headline
+    for line in (*each.reasons, *each.notes):
+        yield f"  {line}"
     for past in each.past:
-        who = " ".join(
-            filter(None, [past.kind, past.container.name if past.container else "", past.host and f"on {past.host}"])
-        )
-        yield f"  before: {who}{f' (MAC {past.mac})' if past.mac else ''}, {past.since} to {past.until}, {past.why}"
+        when = f"{past.since or 'an unknown time'} to {past.until or 'an unknown time'}"
+        yield f"  before: {past.who()}, {when}{f': {past.why}' if past.why else ''}"
+
+
+def _local(config: Config, segment: str) -> Local:
+    told = config.for_segment(segment)
+    return Local(
+        exclude=tuple(map(parse_range, told.exclude)),
+        routers=tuple(map(parse_address, told.router)),
+        cooldown=told.cooldown,
+        probation=told.probation,
+    )
+
+
+def _journalled(config: Config, facts: Facts) -> Journalled | None:
+    """What this host's journal has of the address, where it is a Docker host and this user may read it."""
+    try:
+        work = work_in((Path(config.state_dir) / "journal").read_bytes())
+    except OSError:
+        return None
+    found = [each for each in work if (each.segment, each.address) == (facts.segment, facts.address)]
+    return Journalled(found[0].what, found[0].lease) if found else None
+
+
+def _on_the_wire(ops: Operations, config: Config, facts: Facts) -> tuple[str, ...] | str:
+    """Who answers for the address, or why that cannot be told."""
+    from ipam_plugin import scan as scanning
+
+    scanning.require_rights()
+    own = {pool.subnet for pool in facts.pools}
+    found, unheard = _ask_wire(ops, config, facts.segment, [facts.address], own, 100)
+    answer = found.get((facts.segment, facts.address))
+    if answer is not None:
+        return answer
+    return "; ".join(why for _, why in unheard) or "no network in use has it in its subnet"
 
 
 @cli.command()
@@ -590,6 +628,172 @@ def _judged(
 
 
 @cli.command()
+@click.argument("networks", nargs=-1, metavar="[NETWORK]...")
+@click.option("--apply", "write", is_flag=True, help="Write what is proposed, but for the conflicts.")
+@click.option("--rate", type=click.IntRange(1, MOST_RATE), default=100, show_default=True, help="Requests in a second.")
+@segment_option
+@output_option
+@_with_operations
+def adopt(
+    ops: Operations,
+    config: Config,
+    networks: tuple[str, ...],
+    write: bool,
+    rate: int,
+    segment: str | None,
+    output: str,
+) -> None:
+    """Propose what the register needs before Docker NETWORKs [all on a LAN] are switched over to this driver.
+
+    Their containers' addresses are kept for these containers, those of other machines that answer on the wire are
+    reserved, and conflicts are named. Nothing is written without --apply. Needs root on the Docker host; its
+    containers run on. Exit status 1 when something has to be cured first.
+    """
+    from ipam_plugin import scan as scanning
+    from ipam_plugin.dockerd import Dockerd
+
+    host, name = _own_name(config), segment or config.segment
+    scanning.require_rights()
+    with contextlib.closing(Dockerd(config.docker.socket)) as dockerd:
+        others = dockerd.others()
+    addresses, links = scanning.interfaces_of_this_machine()
+    chosen = _chosen(others, networks, links)
+    ids = {each.id for each in chosen}
+    wire, unheard = _machines_beside(ops, config, name, chosen, addresses, links, rate)
+    world = adopting.World(
+        host=host,
+        segment=name,
+        default_segment=config.segment,
+        register=ops.register(),
+        networks=chosen,
+        bearers=[each for each in others.bearers if each.network_id in ids],
+        carried=addresses,
+        links=links,
+        wire=wire,
+        unheard=unheard,
+    )
+    proposals = adopting.propose(world, vendor_of)
+    written, failed = _write_all(ops, name, proposals) if write else (set(), [])
+    if output == "json":
+        _json(
+            [
+                {**{part: getattr(each, part) for part in _PROPOSED}, "written": number in written}
+                for number, each in enumerate(proposals)
+            ]
+        )
+    else:
+        _table(
+            ["ADDRESS", "KIND", "CONTAINER", "MAC", "WHAT"],
+            (
+                [
+                    each.address,
+                    each.kind,
+                    each.container,
+                    each.mac,
+                    f"{each.what}{each.cure and f'. Cure: {each.cure}'}",
+                ]
+                for each in proposals
+            ),
+        )
+    for line in failed:
+        click.echo(_clean(line), err=True)
+    stops = sum(each.stops for each in proposals)
+    wanted = sum(each.write is not None for each in proposals)
+    said = f"{len(written)} of {wanted} written" if write else f"{wanted} to be written with --apply"
+    click.echo(f"{len(proposals)} found: {said}, {stops} to be cured first", err=True)
+    if stops or failed:
+        sys.exit(1)
+    if write and output == "table":
+        for network in chosen:
+            click.echo(_clean(f"To switch network {network.name} over, type:"))
+            for line in adopting.switch(world, network):
+                click.echo(_clean(f"  {line}"))
+
+
+_PROPOSED = ("address", "kind", "container", "mac", "what", "cure")
+
+
+def _chosen(others: Others, named: Sequence[str], links: Sequence[Any]) -> list[OtherNetwork]:
+    """The networks that are adopted; why others are not is said on stderr."""
+    there = {each.name: each for each in others.networks}
+    unknown = [name for name in named if name not in there]
+    if unknown:
+        known = ", ".join(sorted(there)) or "none"
+        raise Refused(
+            f"there is no network {', '.join(unknown)} of driver bridge, macvlan or ipvlan here whose addresses another"
+            f" IPAM driver gives; these are: {known}"
+        )
+    chosen = []
+    for name, network in there.items():
+        why = adopting.why_no_lan(network, links)
+        if (name in named) if named else not why:
+            chosen.append(network)
+        elif not named:
+            click.echo(_clean(f"network {name} is left alone: {why}"), err=True)
+    if not chosen:
+        raise Refused("no network of this host is on a LAN and has its addresses from another IPAM driver")
+    return chosen
+
+
+def _machines_beside(
+    ops: Operations,
+    config: Config,
+    segment: str,
+    networks: Sequence[OtherNetwork],
+    addresses: Sequence[Any],
+    links: Sequence[Any],
+    rate: int,
+) -> tuple[dict[Address, Sequence[str]], list[tuple[str, str]]]:
+    """Who answers in the subnets of these networks, and the subnets of which that is not known, with the reason."""
+    from ipam_plugin import scan as scanning
+
+    known = ops.known(segment)
+    unheard: list[tuple[str, str]] = []
+    targets = []
+    for network in networks:
+        for subnet in adopting.subnets_of(network):
+            try:
+                targets.append(scanning.target(subnet, addresses, links, network.interface, known.host_macs))
+            except Refused as error:
+                unheard.append((str(subnet), str(error)))
+    found: dict[Address, Sequence[str]] = {}
+    for target in scanning.without_parts(targets):
+        try:
+            with _progress(f"{target.subnet} on {target.interface}") as progress:
+                report = scanning.scan(target, rate=rate, peers=known.peers, known=known.addresses, progress=progress)
+        except ProbeFailed as error:
+            unheard.append((str(target.subnet), str(error)))
+            continue
+        if report.broken_off:
+            raise click.Abort
+        if report.trouble:
+            unheard.append((str(target.subnet), report.trouble))
+        for mac, count in report.proxies.items():
+            unheard.append((str(target.subnet), f"MAC {mac} answers for {count} addresses (proxy ARP)"))
+        for address, macs in report.macs.items():
+            found[address] = [mac for mac in macs if mac not in report.proxies]
+    return found, unheard
+
+
+def _write_all(ops: Operations, segment: str, proposals: Sequence[Proposal]) -> tuple[set[int], list[str]]:
+    """Which of the proposals were written, by their place in the list; what was not, and why."""
+    written: set[int] = set()
+    failed: list[str] = []
+    for number, each in enumerate(proposals):
+        if each.write is None:
+            continue
+        try:
+            if ops.adopt(segment, each.write):
+                written.add(number)
+            else:
+                failed.append(f"{each.address} has just changed, and was not written; the same again")
+        except IpamError as error:  # what was written until now must be said all the same
+            failed.append(f"{each.address} and what follows it was not written: {error}")
+            break
+    return written, failed
+
+
+@cli.command()
 @click.option("--repair", "mend", is_flag=True, help="Mend what is provably safe, and say what is left.")
 @click.option("--rate", type=click.IntRange(1, MOST_RATE), default=100, show_default=True, help="Requests in a second.")
 @output_option
@@ -741,46 +945,14 @@ class _Look:
             return wire, unheard
         try:
             scanning.require_rights()
-            addresses, links = scanning.interfaces_of_this_machine()
         except ProbeFailed as error:
             return wire, [("", str(error))]
+        own = {each.pool.subnet for each in world.register.pools if each.host == world.host and each.pool}
         for segment in dict.fromkeys(segment for segment, _ in places):
-            known = self._ops.known(segment)
             wanted = [address for each, address in places if each == segment]
-            of_pools = self._ops.subnets(segment)
-            own = {each.pool.subnet for each in world.register.pools if each.host == world.host and each.pool}
-            for subnet in sorted(of_pools, key=lambda each: -each.prefixlen):
-                inside = [each for each in wanted if each in subnet]
-                wanted = [each for each in wanted if each not in subnet]
-                if not inside:
-                    continue
-                named = of_pools[subnet] or self._config.for_segment(segment).interface or ""
-                try:
-                    target = scanning.target(subnet, addresses, links, named, known.host_macs, whole=False)
-                    with _progress(f"{subnet} on {target.interface}") as progress:
-                        report = scanning.ask(
-                            target,
-                            inside,
-                            rate=self._rate,
-                            taken={*known.addresses, *inside},
-                            peers=known.peers,
-                            progress=progress,
-                        )
-                except (Refused, ProbeFailed) as error:
-                    if subnet in own:  # else it is no LAN of this host
-                        unheard.append((segment, str(error)))
-                    continue
-                if report.trouble:
-                    unheard.append((segment, f"{subnet}: {report.trouble}"))
-                unheard += [
-                    (segment, f"MAC {mac} on {target.interface} answers for everything (proxy ARP)")
-                    for mac in report.proxies
-                ]
-                for address in {*inside, *report.macs}:
-                    told = report.macs.get(address, ())
-                    macs = tuple(mac for mac in told if mac not in report.proxies)
-                    silent = not told and not report.trouble
-                    wire[segment, address] = macs if macs or silent else None
+            answers, why = _ask_wire(self._ops, self._config, segment, wanted, own, self._rate)
+            wire |= answers
+            unheard += why
         return wire, unheard
 
 
@@ -813,6 +985,57 @@ def doctor(ops: Operations, config: Config, no_lan: bool, output: str) -> None:
     click.echo(deciding.summary(found), err=True)
     if any(each.state == deciding.FOUND for each in found):
         sys.exit(1)
+
+
+def _ask_wire(
+    ops: Operations, config: Config, segment: str, wanted: Sequence[Address], own: Collection[Network], rate: int
+) -> tuple[dict[checking.Place, checking.Answer], list[tuple[str, str]]]:
+    """Who answers for these addresses, and the segment with the reason where that is not known of all.
+
+    Only of the subnets `own` this host must know: others may be no LAN of its.
+    """
+    from ipam_plugin import scan as scanning
+
+    wire: dict[checking.Place, checking.Answer] = {}
+    unheard: list[tuple[str, str]] = []
+    try:
+        addresses, links = scanning.interfaces_of_this_machine()
+    except ProbeFailed as error:
+        return wire, [(segment, str(error))]
+    known = ops.known(segment)
+    of_pools = ops.subnets(segment)
+    for subnet in sorted(of_pools, key=lambda each: -each.prefixlen):
+        inside = [each for each in wanted if each in subnet]
+        wanted = [each for each in wanted if each not in subnet]
+        if not inside:
+            continue
+        named = of_pools[subnet] or config.for_segment(segment).interface or ""
+        try:
+            target = scanning.target(subnet, addresses, links, named, known.host_macs, whole=False)
+            with _progress(f"{subnet} on {target.interface}") as progress:
+                report = scanning.ask(
+                    target,
+                    inside,
+                    rate=rate,
+                    taken={*known.addresses, *inside},
+                    peers=known.peers,
+                    progress=progress,
+                )
+        except (Refused, ProbeFailed) as error:
+            if subnet in own:
+                unheard.append((segment, str(error)))
+            continue
+        if report.trouble:
+            unheard.append((segment, f"{subnet}: {report.trouble}"))
+        unheard += [
+            (segment, f"MAC {mac} on {target.interface} answers for everything (proxy ARP)") for mac in report.proxies
+        ]
+        for address in {*inside, *report.macs}:
+            told = report.macs.get(address, ())
+            macs = tuple(mac for mac in told if mac not in report.proxies)
+            silent = not told and not report.trouble
+            wire[segment, address] = macs if macs or silent else None
+    return wire, unheard
 
 
 @contextlib.contextmanager
@@ -916,7 +1139,7 @@ def _give_back_standby(config_path: str | None) -> Iterator[str]:
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in columns:
-        table.add_column(column, no_wrap=column not in ("NOTE", "REGISTER"), overflow="fold")
+        table.add_column(column, no_wrap=column not in ("NOTE", "REGISTER", "WHAT"), overflow="fold")
     widths = [len(column) for column in columns]
     for row in rows:
         cells = [_short(_clean(cell)) for cell in row]

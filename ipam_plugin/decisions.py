@@ -74,6 +74,49 @@ class Claim(NamedTuple):
     token: str
 
 
+def ends(before: Lease | None, after: Lease | None) -> bool:
+    """Whether somebody had the address and has it no more, when `before` becomes `after`: then the history of the
+    address says so, in the same transaction (design section 4).
+
+    Nobody has what is standby. A machine that is looked at again is still the same one, and a container that comes
+    back to what was held for it is told by the entry of its stop.
+    """
+    if before is None or before.kind == STANDBY:
+        return False
+    if after is None:
+        return True
+    if (before.kind, before.token) == (after.kind, after.token):
+        return False
+    if before.kind == CONFLICT and after.kind in (CONFLICT, STANDBY):
+        return before.mac != after.mac
+    return not (before.kind == HELD and after.kind == ENDPOINT and _comes_back(before, after))
+
+
+def _comes_back(held: Lease, given: Lease) -> bool:
+    """Whether the container that has it now is the one for which it was held, as a request tells them apart."""
+    stopped = held.container.name if held.container else ""
+    asking = given.container.name if given.container else ""
+    if stopped and asking:
+        return stopped == asking
+    return given.fixed or (bool(given.mac) and given.mac == held.mac)
+
+
+def why_ended(after: Lease) -> str:
+    """Why the holder before ended, where what came after says it."""
+    if after.kind == STANDBY:
+        return f"nobody had it any more; host {after.host} claimed it"
+    if after.kind == ENDPOINT:
+        return f"given to {after.who()}"
+    return f"replaced by {after.who()}"
+
+
+def is_kept_for(lease: Lease | None, host: str) -> bool:
+    """Whether an address is this host's own already though no container has it: held for one that stopped, or reserved
+    for one that ran before its network had this driver (`ipam-plugin adopt`). Nobody else is given it meanwhile.
+    """
+    return lease is not None and lease.kind in (HELD, RESERVED) and bool(host) and lease.host == host
+
+
 def _taken(claim: Claim, lease: Lease, cure: str = "") -> NoReturn:
     where = f"{claim.address} of pool {claim.pool}"
     raise AddressTaken(f"{where} is taken: {lease.told()}{f'; {cure}' if cure else ''}")
@@ -87,12 +130,17 @@ def _taken_by_hold(claim: Claim, lease: Lease) -> NoReturn:
     _taken(claim, lease, f"if it is not to return, end the hold with: ipam-plugin release {claim.address} --force")
 
 
-def _refuse_held_for_another(lease: Lease | None, claim: Claim, container: Container | None) -> None:
+def _taken_by_reservation(claim: Claim, lease: Lease) -> NoReturn:
+    _taken(claim, lease, f"if that container is not to have it, say: ipam-plugin unreserve {claim.address}")
+
+
+def _refuse_kept_for_another(lease: Lease | None, claim: Claim, container: Container | None) -> None:
     """Only a name can tell that: `--ip` without one is taken for the container that had the address before."""
-    if lease is not None and lease.kind == HELD and container is not None:
-        stopped = lease.container.name if lease.container else ""
-        if stopped and stopped != container.name:
-            _taken_by_hold(claim, lease)
+    if lease is None or container is None or not (lease.kind == HELD or is_kept_for(lease, claim.host)):
+        return
+    expected = lease.container.name if lease.container else ""
+    if expected and expected != container.name:
+        (_taken_by_hold if lease.kind == HELD else _taken_by_reservation)(claim, lease)
 
 
 def grant_endpoint(
@@ -110,8 +158,12 @@ def grant_endpoint(
     dockerd, never by the request. `known`: the container will be recognised when it asks again.
     """
     if fixed:
-        _refuse_held_for_another(lease, claim, container)
-    if lease is None or (lease.kind in (HELD, STANDBY) and lease.host == claim.host):
+        _refuse_kept_for_another(lease, claim, container)
+    if (
+        lease is None
+        or (lease.kind in (HELD, STANDBY) and lease.host == claim.host)
+        or (fixed and is_kept_for(lease, claim.host))
+    ):
         return Lease(
             kind=ENDPOINT, host=claim.host, mac=mac, container=container,
             pool=claim.pool.id, since=claim.now, token=claim.token, fixed=fixed, known=known,
@@ -126,11 +178,13 @@ def grant_endpoint(
 def claim_ahead(lease: Lease | None, claim: Claim, container: Container | None = None) -> Decision:
     """Claimed for this host, so that the wire can be asked for it; given to nobody yet.
 
-    An explicit `--ip` may ask for an address where a stranger was seen once: it is looked at anew. One that is held
-    for another container than `container` is refused.
+    An explicit `--ip` may ask for an address where a stranger was seen once: it is looked at anew. What this host keeps
+    for `container` is its own already (KEEP); what it keeps for another is refused.
     """
-    _refuse_held_for_another(lease, claim, container)
-    if lease is None or lease.kind == CONFLICT or (lease.kind in (HELD, STANDBY) and lease.host == claim.host):
+    _refuse_kept_for_another(lease, claim, container)
+    if is_kept_for(lease, claim.host):
+        return KEEP
+    if lease is None or lease.kind == CONFLICT or (lease.kind == STANDBY and lease.host == claim.host):
         # The stranger stays in it until the wire has spoken, also when that does not come about.
         seen = lease if lease is not None and lease.kind == CONFLICT else Lease(kind=STANDBY)
         return Lease(
@@ -344,7 +398,8 @@ def name_container(lease: Lease | None, claim: Claim, token: str, container: Con
 def restore_endpoint(lease: Lease | None, claim: Claim, mac: str, container: Container | None, fixed: bool) -> Decision:
     """A container that runs has the address, and the register does not know (it came back from a backup).
 
-    A `conflict` with its very MAC is what another host found when it asked for the address meanwhile.
+    A `conflict` with its very MAC is what another host found when it asked for the address meanwhile. A reservation for
+    a container of this host is from before its network had this driver.
     """
     if lease is not None and lease.host == claim.host and lease.kind == ENDPOINT:
         return KEEP
@@ -353,6 +408,7 @@ def restore_endpoint(lease: Lease | None, claim: Claim, mac: str, container: Con
     if (
         lease is None
         or (lease.kind in (HELD, STANDBY) and lease.host == claim.host)
+        or is_kept_for(lease, claim.host)
         or (lease.kind == CONFLICT and lease.mac and lease.mac == mac)
     ):
         return Lease(

@@ -22,10 +22,22 @@ import requests
 
 from ipam_plugin.addresses import Address, parse_address, parse_network
 from ipam_plugin.errors import DockerUnavailable
-from ipam_plugin.evidence import AnyNetwork, Attachment, Installation, Known, Look, Network
+from ipam_plugin.evidence import (
+    AnyNetwork,
+    Attachment,
+    Bearer,
+    Installation,
+    Known,
+    Look,
+    Network,
+    OtherNetwork,
+    Others,
+    OtherSubnet,
+)
 
 TIMEOUT = 10.0  # seconds for one answer of the engine
 DRIVER = "ipam-plugin"
+ON_A_LAN = ("bridge", "macvlan", "ipvlan")  # drivers of networks whose containers can be on a physical LAN
 UNKNOWN_POOL = "192.0.2.0/24"  # a network of documentation (RFC 5737), which is on no LAN
 T = TypeVar("T")
 
@@ -41,11 +53,11 @@ class Dockerd:
 
     def look(self) -> Look:
         """What the engine has now. Raises DockerUnavailable when any part of it is missing."""
-        return self._asked(self._look)
+        return self._ask(self._look)
 
     def installation(self) -> Installation:
         """Its version and all its networks. Raises DockerUnavailable."""
-        return self._asked(self._installation)
+        return self._ask(self._installation)
 
     def refusal(self) -> str:
         """What it says when it is to make a network with an option (`doctor`) that this driver does not have.
@@ -53,9 +65,13 @@ class Dockerd:
         Nothing is made: the driver refuses it before it looks at anything. Nothing else shows from outside that the
         engine reaches the driver, of which it knows nothing until a network needs it. Raises DockerUnavailable.
         """
-        return self._asked(self._refusal)
+        return self._ask(self._refusal)
 
-    def _asked(self, question: Callable[[], T]) -> T:
+    def others(self) -> Others:
+        """The networks whose addresses are another driver's, with their containers. Raises as `look` does."""
+        return self._ask(self._look_elsewhere)
+
+    def _ask(self, question: Callable[[], T]) -> T:
         with self._lock:
             try:
                 if self._client is None:
@@ -83,6 +99,14 @@ class Dockerd:
         if client is not None:
             with contextlib.suppress(OSError):
                 client.close()
+
+    def _look_elsewhere(self) -> Others:
+        networks = {
+            each["Id"]: _other(each)
+            for each in self._client.networks()
+            if each["Driver"] in ON_A_LAN and (each["IPAM"] or {}).get("Driver") != DRIVER
+        }
+        return Others(tuple(networks.values()), tuple(_bearers(self._client.containers(all=True), networks)))
 
     def _look(self) -> Look:
         began = time.monotonic()
@@ -152,6 +176,61 @@ def _network(told: Mapping[str, Any]) -> Network:
         subnets=tuple((each.get("Subnet", ""), each.get("IPRange", "")) for each in ipam.get("Config") or ()),
         options=dict(ipam.get("Options") or {}),
     )
+
+
+def _other(told: Mapping[str, Any]) -> OtherNetwork:
+    options = dict(told.get("Options") or {})
+    bridge = options.get("com.docker.network.bridge.name") or f"br-{told['Id'][:12]}"
+    return OtherNetwork(
+        id=told["Id"],
+        name=told["Name"],
+        driver=told["Driver"],
+        interface=bridge if told["Driver"] == "bridge" else options.get("parent", ""),
+        subnets=tuple(
+            OtherSubnet(
+                each.get("Subnet", ""),
+                each.get("IPRange", ""),
+                each.get("Gateway", ""),
+                # Named AuxiliaryAddresses in older answers, AuxAddress in others.
+                dict(each.get("AuxiliaryAddresses") or each.get("AuxAddress") or {}),
+            )
+            for each in told["IPAM"].get("Config") or ()
+        ),
+        options=options,
+        labels=dict(told.get("Labels") or {}),
+        ipv6=bool(told.get("EnableIPv6")),
+        internal=bool(told.get("Internal")),
+        attachable=bool(told.get("Attachable")),
+    )
+
+
+def _bearers(containers: list[Mapping[str, Any]], networks: Mapping[str, OtherNetwork]) -> Iterator[Bearer]:
+    """Those that run with the addresses that they have; those that do not with the ones that they ask for."""
+    by_name = {each.name: each.id for each in networks.values()}
+    for container in containers:
+        runs = _runs(container)
+        for name, endpoint in _endpoints(container).items():
+            # One that was never started does not know its network's ID yet.
+            network = networks.get(endpoint.get("NetworkID") or by_name.get(name, ""))
+            if network is None:
+                continue
+            asked = endpoint.get("IPAMConfig") or {}
+            wanted = [asked.get("IPv4Address"), asked.get("IPv6Address")]
+            has = [endpoint.get("IPAddress"), endpoint.get("GlobalIPv6Address")] if runs else wanted
+            fixed = {parse_address(text) for text in wanted if text}
+            found: list[Address | None] = [parse_address(text) for text in has if text]
+            for address in found or [None]:
+                yield Bearer(
+                    network_id=network.id,
+                    network=network.name,
+                    address=address,
+                    mac=endpoint.get("MacAddress", "").lower() if runs else "",
+                    container_id=container["Id"],
+                    container=_name(container),
+                    image=container.get("Image", ""),
+                    running=runs,
+                    fixed=address in fixed,
+                )
 
 
 def _of_networks(details: list[Mapping[str, Any]]) -> Iterator[Attachment]:

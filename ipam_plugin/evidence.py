@@ -106,6 +106,51 @@ class Look(NamedTuple):
     containers: Mapping[str, Known]  # by id, also the stopped ones
 
 
+class OtherSubnet(NamedTuple):
+    """A subnet of a Docker network, as it was typed or as the engine chose it; '' where it has none of it."""
+
+    subnet: str
+    ip_range: str
+    gateway: str
+    auxiliary: Mapping[str, str]  # name -> address
+
+
+class OtherNetwork(NamedTuple):
+    """A Docker network that has its addresses from another driver, and could have them from this one."""
+
+    id: str
+    name: str
+    driver: str  # bridge, macvlan, ipvlan
+    interface: str  # its bridge, or the parent of its containers' interfaces
+    subnets: tuple[OtherSubnet, ...]
+    options: Mapping[str, str]  # -o
+    labels: Mapping[str, str] = {}
+    ipv6: bool = False
+    internal: bool = False
+    attachable: bool = False
+
+
+class Bearer(NamedTuple):
+    """A container of such a network, and an address that it has there, or would ask for (None: it has none now)."""
+
+    network_id: str
+    network: str  # its name
+    address: Address | None
+    mac: str  # lower case; '' when it does not run
+    container_id: str
+    container: str  # its name
+    image: str
+    running: bool
+    fixed: bool  # it asks for the address by `--ip`
+
+
+class Others(NamedTuple):
+    """What one engine has on networks with other drivers for their addresses."""
+
+    networks: tuple[OtherNetwork, ...]
+    bearers: tuple[Bearer, ...]
+
+
 class Unclaimed(NamedTuple):
     """That no container of an engine could come back for an address that is held, as looks have found it."""
 

@@ -203,12 +203,8 @@ class Journal:
         except OSError as error:
             raise JournalFailed(f"{self._path} cannot be read: {error.strerror}") from None
         records, good, damaged = read(data)
-        for record in records:
-            if record.entry is not None:
-                self._waiting[record.number] = record.entry
-                self._number = max(self._number, record.number)
-            for number in record.done:
-                self._waiting.pop(number, None)
+        self._waiting = _waiting(records)
+        self._number = max((record.number for record in records if record.entry is not None), default=0)
         self._length = good
         if not damaged:
             return
@@ -320,6 +316,22 @@ def read(data: bytes) -> tuple[list[_Record], int, int]:
         records.append(whole)
         damaged += 1
     return records, good, damaged
+
+
+def _waiting(records: Iterable[_Record]) -> dict[int, Entry]:
+    """The entries that were not carried out, by their numbers."""
+    found = {}
+    for record in records:
+        if record.entry is not None:
+            found[record.number] = record.entry
+        for number in record.done:
+            found.pop(number, None)
+    return found
+
+
+def work_in(data: bytes) -> list[Work]:
+    """What etcd has to learn, says a journal's file, for who only reads it. Pure."""
+    return merge(_waiting(read(data)[0]).items())
 
 
 def _parse(text: bytes) -> _Record | None:

@@ -61,6 +61,15 @@ class _Abandoned(NamedTuple):
     end: float  # when it can be forgotten, monotonic seconds
 
 
+class Ended(NamedTuple):
+    """A lease that ends, and the history of its address as it was read."""
+
+    lease: Lease
+    past: KeyValue | None
+    why: str
+    retired: bool = False  # its host is gone
+
+
 class Granted(NamedTuple):
     """A lease that was written, and where."""
 
@@ -140,7 +149,10 @@ class Ledger:
             else:
                 assert isinstance(decision, Lease)
                 revision = current.revision if current else 0
-                commit = self.grant(claim, decision, revision, settings, deadline, unchanged, purpose, abandon=abandon)
+                ended = ended_by(lease, decision, found.get(past_key), why)
+                commit = self.grant(
+                    claim, decision, revision, settings, deadline, unchanged, purpose, abandon=abandon, ended=ended
+                )
                 if commit.applied:
                     return True
             for each, expected in unchanged.items():
@@ -160,6 +172,21 @@ class Ledger:
             )
         return settings
 
+    def remembering(self, place: tuple[str, Address], ended: Ended | None) -> tuple[dict[str, int], list[Put]]:
+        """What a transaction that ends a lease compares and writes besides, so that its history says so.
+
+        `place` is the segment and address. In the transaction it comes first: the view then knows that the address
+        rests before it sees it free.
+        """
+        if ended is None:
+            return {}, []
+        key, past = self._keys.past(*place), ended.past
+        now = datetime.datetime.now(datetime.UTC)
+        history = remembered(past.value if past else None, ended.lease, ended.why, now, ended.retired)
+        if history is None:
+            return {}, []  # what stands there cannot be read, and stays
+        return {key: past.revision if past else 0}, [Put(key, history)]
+
     def grant(
         self,
         claim: Claim,
@@ -170,17 +197,21 @@ class Ledger:
         unchanged: Mapping[str, int] | None = None,
         purpose: str = "grant",
         abandon: bool = True,
+        ended: Ended | None = None,
     ) -> Commit:
         """One transaction: the lease as it was read, and the segment's settings as they were read.
 
-        `abandon`: where its outcome is not known nobody has it, so it goes when it appears. Raises EtcdRestored while
-        nothing is given: what is only written again, because somebody has it (WRITTEN_AGAIN), always may be.
+        `abandon`: where its outcome is not known nobody has it, so it goes when it appears. `ended`: who had the
+        address until now, and stands in its history from now on. Raises EtcdRestored while nothing is given: what is
+        only written again, because somebody has it (WRITTEN_AGAIN), always may be.
         """
         key = self._keys.lease(claim.pool.segment, claim.address)
+        compared, history = self.remembering((claim.pool.segment, claim.address), ended)
         expect = {
             key: revision,
             self._keys.segment(claim.pool.segment): settings.revision,
             self._keys.restored: self._view.restored()[0],
+            **compared,
             **(unchanged or {}),
         }
         gives = purpose not in WRITTEN_AGAIN
@@ -193,7 +224,7 @@ class Ledger:
             lease.kind == ENDPOINT or bool(lease.holders and not lease.interface)
         )
         try:
-            commit = self.write(purpose, expect, [Put(key, encode(lease))], deadline, proof=key)
+            commit = self.write(purpose, expect, [*history, Put(key, encode(lease))], deadline, proof=key)
         except OutcomeUnknown:
             if may_be_orphan and abandon:
                 self.abandon(key, claim)
@@ -266,17 +297,14 @@ class Ledger:
         deadline: float,
         retired: bool = False,
     ) -> Commit:
-        expect = {current.key: current.revision, **unchanged}
-        told: list[Put] = []
-        now = datetime.datetime.now(datetime.UTC)
-        history = remembered(past.value if past else None, lease, why, now, retired)
-        if history is not None:
-            past_key = self._keys.past(*place)
-            expect[past_key] = past.revision if past else 0
-            told.append(Put(past_key, history))
-        # In this order the view knows that the address rests before it sees it free.
-        proof = current.key if isinstance(writes[0], Put) else None
-        return self.write("free", expect, [*told, *writes], deadline, proof=proof)
+        compared, history = self.remembering(place, Ended(lease, past, why, retired))
+        return self.write(
+            "free",
+            {current.key: current.revision, **compared, **unchanged},
+            [*history, *writes],
+            deadline,
+            proof=current.key if isinstance(writes[0], Put) else None,
+        )
 
     def write(
         self,
@@ -445,6 +473,16 @@ class Ledger:
 def _in_an_hour() -> float:
     """Much longer than a paused etcd leader holds a transaction: ten seconds were seen."""
     return time.monotonic() + 3600
+
+
+def ended_by(before: Lease | None, after: Lease | None, past: KeyValue | None, why: str = "") -> Ended | None:
+    """What has to be remembered when `after` takes the place of `before`; None: nobody had the address.
+
+    `past` is its history as it was read; `why` where `after` does not say it.
+    """
+    if before is None or not decisions.ends(before, after):
+        return None
+    return Ended(before, past, why or (decisions.why_ended(after) if after is not None else ""))
 
 
 def timestamp() -> str:

@@ -49,6 +49,7 @@ EXCLUDED = "excluded"
 LONGEST_HOLD = 30 * 86400.0  # seconds, in the configuration too
 
 KINDS = (ENDPOINT, HOST, ROUTER, RESERVED, CONFLICT, STANDBY, HELD)
+UNUSED = (HELD, RESERVED, UNREADABLE)  # kinds after whose end an address need not rest: no container had it
 
 
 # ---------------------------------------------------------------------------------------------- pools
@@ -276,33 +277,37 @@ class Lease(msgspec.Struct, frozen=True, omit_defaults=True):
     until: str = ""  # kind held: when the hold ends
 
     def told(self) -> str:
+        """Who has it and since when, for a sentence."""
+        return self.who() + (f" since {self.since}" if self.since and self.kind != UNREADABLE else "")
+
+    def who(self) -> str:
         """Who has it, for a sentence."""
         who = f"host {self.host}" if self.host else ""
         if self.kind in (ENDPOINT, HELD):
-            name = f"container {self.container.name}" if self.container and self.container.name else "a container"
-            who = f"{name} on {who}" if who else name
             if self.kind == HELD:
-                return f"a hold for {who} until {self.until or 'an unknown time'}, stopped" + self._when()
-            return who + (f" (MAC {self.mac})" if self.mac else "") + self._when()
+                return f"a hold for {self._of_container()} until {self.until or 'an unknown time'}, stopped"
+            return self._of_container() + (f" (MAC {self.mac})" if self.mac else "")
         if self.kind == HOST:
-            where = f" ({self.interface}, MAC {self.mac})" if self.mac else ""
-            return f"Docker {who or 'host'} itself{where}" + self._when()
+            where = f" ({self.interface}, MAC {self.mac})" if self.mac and self.interface else ""
+            return f"Docker {who or 'host'} itself{where}"
         if self.kind == ROUTER:
             users = ", ".join(sorted({holder.host for holder in self.holders}))
-            return "a router or auxiliary address" + (f" of host {users}" if users else "") + self._when()
+            return "a router or auxiliary address" + (f" of host {users}" if users else "")
         if self.kind == RESERVED:
+            kept_for = f" for {self._of_container()}" if self.host else ""
             note = f": {self.note}" if self.note else ""
-            return f"a reservation{f' by {self.by}' if self.by else ''}{note}" + self._when()
+            return f"a reservation{kept_for}{f' by {self.by}' if self.by else ''}{note}"
         if self.kind == CONFLICT:
             vendor = f", {self.vendor}" if self.vendor else ""
             seen = f", seen by host {self.by}" if self.by else ""
-            return f"a machine that is none of ours (MAC {self.mac or 'unknown'}{vendor}{seen})" + self._when()
+            return f"a machine that is none of ours (MAC {self.mac or 'unknown'}{vendor}{seen})"
         if self.kind == UNREADABLE:
             return f"a value in etcd that cannot be read: {self.note}"
-        return f"{self.kind} of {who or 'nobody known'}" + self._when()
+        return f"{self.kind} of {who or 'nobody known'}"
 
-    def _when(self) -> str:
-        return f" since {self.since}" if self.since else ""
+    def _of_container(self) -> str:
+        name = f"container {self.container.name}" if self.container and self.container.name else "a container"
+        return f"{name} on host {self.host}" if self.host else name
 
 
 class Rule(NamedTuple):
@@ -478,7 +483,7 @@ class PoolUse(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Tenancy(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One past holder of an address."""
+    """One past holder of an address, from when to when, and why it ended."""
 
     kind: str
     host: str = ""
@@ -488,6 +493,18 @@ class Tenancy(msgspec.Struct, frozen=True, omit_defaults=True):
     until: str = ""
     why: str = ""
     retired: bool = False  # its host was retired: whoever still uses it is no container that has just stopped
+    by: str = ""  # who reserved it, or which host saw that conflict
+    note: str = ""  # an operator's words
+
+    def who(self) -> str:
+        """Who had it, for a sentence."""
+        if self.kind == HELD:
+            return f"held for {Lease(ENDPOINT, self.host, container=self.container).who()}"
+        shared = tuple(Holder(host, "") for host in self.host.split(", ")) if self.kind == ROUTER and self.host else ()
+        host = "" if shared else self.host
+        return Lease(
+            self.kind, host, self.mac, self.container, holders=shared, note=self.note, by=self.by
+        ).who()  # fmt: skip
 
 
 class History(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -501,18 +518,21 @@ HISTORY_LENGTH = 5  # holders remembered for one address
 
 def remember(history: History, lease: Lease, why: str, now: datetime.datetime, retired: bool = False) -> History:
     """The history with one more holder in it, the oldest forgotten."""
+    shared = ", ".join(sorted({holder.host for holder in lease.holders}))
     container = lease.container
     if container is not None:
         container = Container(*(_short(getattr(container, name)) for name in container.__struct_fields__))
     ended = Tenancy(
         kind=lease.kind,
-        host=_short(lease.host),
+        host=_short(shared if lease.kind == ROUTER else lease.host),
         mac=_short(lease.mac),
         container=container,
         since=_short(lease.since),
         until=rfc3339(now),
-        why=why,
+        why=_short(why),
         retired=retired,
+        by=_short(lease.by),
+        note=_short(lease.note),
     )
     return History(past=(ended, *history.past)[:HISTORY_LENGTH])
 

@@ -5,6 +5,7 @@ Every change is one transaction on what was read, like the daemon's own.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
 import secrets
@@ -14,10 +15,14 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
+from ipam_plugin import decisions
 from ipam_plugin.addresses import Address, Network, Range, address_of, parse_address, parse_range
+from ipam_plugin.adopt import Write
+from ipam_plugin.check import Found as FoundLease
 from ipam_plugin.check import PoolKey, Register, Repair
 from ipam_plugin.errors import AddressTaken, EtcdRefused, Refused
 from ipam_plugin.etcd import Commit, Delete, KeyValue, Put
+from ipam_plugin.explain import Facts, Local, carries, forbidding
 from ipam_plugin.model import (
     CONFLICT,
     ENDPOINT,
@@ -36,8 +41,8 @@ from ipam_plugin.model import (
     Pool,
     PoolUse,
     Reservation,
+    Restored,
     SegmentSettings,
-    Tenancy,
     decode,
     encode,
     read_lease,
@@ -46,6 +51,7 @@ from ipam_plugin.model import (
     segment_and_taken,
 )
 
+READ_AT_ONCE = 100  # keys in one question; etcd takes 128
 PATIENCE = 10.0  # seconds for one question to etcd
 LOOK_AGAIN = 0.3  # seconds between two looks at how far an order got
 NOBODY = 30.0  # seconds after which an order that no daemon has begun is nobody's
@@ -106,16 +112,6 @@ class PoolLine(NamedTuple):
     leases: int  # of containers
 
 
-class Explanation(NamedTuple):
-    """All that is known of one address in one segment."""
-
-    segment: str
-    address: Address
-    lease: Lease | None
-    reasons: list[str]  # why it would not be given though it has no lease
-    past: tuple[Tenancy, ...]
-
-
 class Judged(NamedTuple):
     """What the register says of a machine that answers for an address."""
 
@@ -166,7 +162,7 @@ class Known:
             known = host or (lease.kind != STANDBY and lease.mac.lower() in ("", mac))
             return Judged(lease, False, lease.told() + ("" if known else ", but another machine answers"))
         reasons = [f"the etcd key {each.key!a} takes it" for each in self._ranges if each.taken.contains(address)]
-        reasons += _forbidding(self._segment, self._settings, address)
+        reasons += forbidding(self._segment, self._settings, address)
         host = host or self._host_addresses.get(str(address), "")
         if host:
             reasons.append(f"Docker host {host} itself")
@@ -189,33 +185,77 @@ class Operations:
         found = list(filter(None, map(self._found, self._list(prefix))))
         return sorted(found, key=lambda each: (each.segment, *each.taken))
 
-    def explain(self, address: Address, segment: str | None, default: str) -> list[Explanation]:
-        """In the segment named, or else wherever something is known of the address, or else in the default one."""
-        leases = [each for each in self.leases(segment) if each.taken.contains(address)]
-        hosts = [
-            (line.host.segments, f"it is an address of Docker host {line.name} itself ({each.interface})")
-            for line in self.hosts()
-            if line.host
-            for each in line.host.addresses
-            if each.address == str(address)
-        ]
+    def facts(
+        self,
+        address: Address,
+        segment: str | None,
+        default: str,
+        local: Callable[[str], Local] = lambda segment: Local(),
+    ) -> list[Facts]:
+        """What is known of an address: in the segment named, or else in each that may know of it. `local` is what the
+        configuration of this machine says of a segment."""
+        taking = self._taking(address, segment)
         settings = self.segments()
-        in_use = {line.pool.segment for line in self.pools() if line.pool}
-        theirs = {each for segments, _ in hosts for each in segments}
-        known = {each.segment for each in leases} | set(settings) | in_use | theirs | {default}
-        names = {segment} if segment else known
-        explained = []
+        pools = {each.id: each for each in self._pools_in_use()}.values()
+        records = {each.key.removeprefix(self._keys.hosts): each.value for each in self._list(self._keys.hosts)}
+        hosts = {name: host for name, value in records.items() if (host := _read(value, Host))}
+        beats = {each.key.removeprefix(self._keys.alive): each.value for each in self._list(self._keys.alive)}
+        alive = {name: _read(value, Alive) or Alive(name, "", "", "") for name, value in beats.items()}
+        restored, _ = self._etcd.get_many([self._keys.restored], deadline=_deadline())
+        back = restored[self._keys.restored]
+        theirs = {each for host in hosts.values() for each in host.segments if carries(host, address)}
+        in_use = {each.segment for each in pools}
+        names = {segment} if segment else {*taking, *settings, default} | in_use | theirs
+        found = []
         for name in sorted(names):
-            here = [each for each in leases if each.segment == name]
-            held = next((each.lease for each in here if each.taken.size() == 1), None)
-            by_hand = [f"the etcd key {each.key!a} takes it" for each in here if each.taken.size() > 1]
-            own = [said for segments, said in hosts if not segments or name in segments]
-            reasons = [*_forbidding(name, settings.get(name), address), *by_hand, *own]
-            past = self._value(self._keys.past(name, address), History)
-            explained.append(Explanation(name, address, held, reasons, past.past if past else ()))
-        everywhere = [said for segments, said in hosts if not segments]
-        told = [each for each in explained if segment or each.lease or each.reasons != everywhere or each.past]
-        return told or [each for each in explained if each.segment == default]
+            by_hand = [key for key in taking.get(name, {}) if key != self._keys.lease(name, address)]
+            lease, past = self._at_once(name, address, [key for key in by_hand if taking[name][key].size() == 1])
+            found.append(
+                Facts(
+                    segment=name,
+                    address=address,
+                    lease=lease,
+                    by_hand=by_hand,
+                    settings=settings.get(name),
+                    hosts=hosts,
+                    alive=alive,
+                    pools=[each for each in pools if each.segment == name],
+                    past=past.past if past else (),
+                    local=local(name),
+                    now=time.time(),
+                    restored=_read(back.value if back else None, Restored),
+                )
+            )
+        return found
+
+    def _taking(self, address: Address, segment: str | None) -> dict[str, dict[str, Range]]:
+        """The lease keys that take an address, by segment, and all that each takes. Their values are not read."""
+        found: dict[str, dict[str, Range]] = {}
+        prefix = self._keys.leases + (f"{segment}/" if segment else "")
+        for each in self._etcd.list(prefix, deadline=_deadline(), keys_only=True)[0]:
+            with contextlib.suppress(ValueError):
+                name, named = segment_and_taken(each.key.removeprefix(self._keys.leases))
+                taken = named if isinstance(named, Range) else Range(named.version, int(named), int(named))
+                if taken.contains(address):
+                    found.setdefault(name, {})[each.key] = taken
+        return found
+
+    def _at_once(self, segment: str, address: Address, aliases: Sequence[str]) -> tuple[Lease | None, History | None]:
+        """The lease of an address and its history, of one moment: who ended is in the one or in the other. Where there
+        is no lease, one that was written by hand in another spelling.
+        """
+        past_key = self._keys.past(segment, address)
+        keys = [self._keys.lease(segment, address), *aliases[:READ_AT_ONCE]]
+        found, _ = self._etcd.get_many([past_key, *keys], deadline=_deadline())
+        past = found[past_key]
+        lease = next((each for key in keys if (each := found[key])), None)
+        return read_lease(lease.value) if lease else None, _read(past.value if past else None, History)
+
+    def _pools_in_use(self) -> Iterator[Pool]:
+        for each in self._etcd.list(self._keys.pools, deadline=_deadline(), keys_only=True)[0]:
+            pool = _pool(each.key.removeprefix(self._keys.pools).rpartition("/")[0])
+            if pool is not None:
+                yield pool
 
     def hosts(self) -> list[HostLine]:
         known = {each.key.removeprefix(self._keys.hosts): each.value for each in self._list(self._keys.hosts)}
@@ -322,12 +362,14 @@ class Operations:
             writes.append(Put(repair.key, encode(msgspec.structs.replace(value, **named))))
         else:
             writes.append(Delete(repair.key))
-        if repair.ended is not None and repair.ended.kind != STANDBY:  # that was given to nobody
+        after = value if isinstance(value, Lease) else None
+        if decisions.ends(repair.ended, after):
             segment, taken = segment_and_taken(repair.key.removeprefix(self._keys.leases))
             assert not isinstance(taken, Range)
-            past_key = self._keys.past(segment, taken)
-            found, _ = self._etcd.get_many([past_key], deadline=_deadline())
-            self._remember(found[past_key], past_key, repair.ended, why, expect, writes)
+            assert repair.ended is not None
+            compared, history = self._remembering(segment, taken, repair.ended, why)
+            expect.update(compared)
+            writes += history
         return self._commit(expect, writes, proof=repair.key if value is not None else None)
 
     def reserve(self, what: Range, segment: str, note: str) -> list[Found]:
@@ -356,8 +398,7 @@ class Operations:
         for found in self._attempts(segment, address):
             if found is not None and found.lease.kind not in (RESERVED, CONFLICT):
                 raise AddressTaken(f"{address} in segment {segment} is taken: {found.lease.told()}")
-            key = self._keys.lease(segment, address)
-            if self._commit({key: found.revision if found else 0}, [Put(key, encode(lease))], proof=key):
+            if self._replace(segment, address, found, lease):
                 break
         return []
 
@@ -370,10 +411,17 @@ class Operations:
         for found in self._attempts(segment, address):
             if found is not None and not (found.lease.kind == CONFLICT and found.lease.mac.lower() in macs):
                 return found.lease.told()
-            key = self._keys.lease(segment, address)
-            if self._commit({key: found.revision if found else 0}, [Put(key, encode(lease))], proof=key):
+            if self._replace(segment, address, found, lease):
                 return ""
         raise AssertionError("unreachable")
+
+    def adopt(self, segment: str, write: Write) -> bool:
+        """Write what `adopt` proposes. False, and nothing was written, when the address has changed since."""
+        token = secrets.token_urlsafe(12)
+        lease = msgspec.structs.replace(write.lease, by=self._who, since=_now(), token=token)
+        if write.found is not None and write.found.key != self._keys.lease(segment, write.address):
+            return False  # spelt otherwise, it would stay beside the new one
+        return self._replace(segment, write.address, write.found, lease)
 
     def unreserve(self, what: Range, segment: str) -> None:
         """Undo `reserve`, also one that was written by hand in any spelling of the address."""
@@ -383,7 +431,7 @@ class Operations:
         # No program writes a lease of several addresses, whatever it says of its kind.
         reserved = [each for each in held if what.size() > 1 or each.lease.kind in (RESERVED, UNREADABLE)]
         for each in reserved:
-            if not self._commit({each.key: each.revision}, [Delete(each.key)]):
+            if not self._end(each, f"unreserved by {self._who}"):
                 raise Refused(f"{what} in segment {segment} has just changed; look again with: show {address}")
         if reserved:
             return
@@ -414,12 +462,7 @@ class Operations:
                     f"{address} in segment {segment} is held: {lease.told()}. Nothing here proves that it is free; when"
                     f" you know that {gone}, say --force"
                 )
-            past_key = self._keys.past(segment, address)
-            past, _ = self._etcd.get_many([past_key], deadline=_deadline())
-            expect = {found.key: found.revision}
-            writes: list[Put | Delete] = [Delete(found.key)]
-            self._remember(past[past_key], past_key, lease, f"released by {self._who}", expect, writes)
-            if self._commit(expect, writes):
+            if self._end(found, f"released by {self._who}"):
                 return lease
         raise AssertionError("unreachable")
 
@@ -427,11 +470,10 @@ class Operations:
         """Free what a host's daemon claimed ahead of need or keeps for stopped containers, when it is gone for good.
         Returns how many it was.
 
-        Nobody has it, and whoever had it stands in the history. One that has changed since it was read (a container
-        has got it) stays.
+        One that has changed since it was read (a container has got it) stays.
         """
         own = [each for each in self.leases() if each.lease.kind in (STANDBY, HELD) and each.lease.host == host]
-        return sum(self._commit({each.key: each.revision}, [Delete(each.key)]) for each in own)
+        return sum(self._end(each, f"host {host} was taken out of service") for each in own)
 
     def retire(self, name: str, force: bool, wait: float) -> Iterator[Settled]:
         """Have the living daemons free what a dead host had; each address as it is settled, for `wait` seconds.
@@ -527,6 +569,32 @@ class Operations:
 
     # ------------------------------------------------------------------------------------- reading
 
+    def _replace(self, segment: str, address: Address, found: FoundLease | None, lease: Lease) -> bool:
+        """The lease in place of what was found, which its history tells of. False when that is there no more."""
+        key = self._keys.lease(segment, address)
+        expect, writes = {key: found.revision if found else 0}, [Put(key, encode(lease))]
+        if found is not None and decisions.ends(found.lease, lease):
+            compared, history = self._remembering(segment, address, found.lease, decisions.why_ended(lease))
+            expect.update(compared)
+            writes += history
+        return self._commit(expect, writes, proof=key)
+
+    def _end(self, found: Found, why: str) -> bool:
+        """The key goes, and the history of its address says who had it. False when it has changed since."""
+        expect, writes = {found.key: found.revision}, [Delete(found.key)]
+        if found.taken.size() > 1 or not decisions.ends(found.lease, None):
+            return self._commit(expect, writes)
+        compared, history = self._remembering(found.segment, found.address, found.lease, why)
+        return self._commit(expect | compared, [*writes, *history])
+
+    def _remembering(self, segment: str, address: Address, ended: Lease, why: str) -> tuple[dict[str, int], list[Put]]:
+        """What the transaction that ends a lease compares and writes besides. Nothing, where what stands there cannot
+        be read."""
+        key = self._keys.past(segment, address)
+        past = self._etcd.get_many([key], deadline=_deadline())[0][key]
+        history = remembered(past.value if past else None, ended, why, datetime.datetime.now(datetime.UTC))
+        return ({}, []) if history is None else ({key: past.revision if past else 0}, [Put(key, history)])
+
     def _attempts(self, segment: str, address: Address) -> Iterator[Found | None]:
         """The lease as it is now, again and again, for a change that another one got ahead of."""
         key = self._keys.lease(segment, address)
@@ -534,21 +602,6 @@ class Operations:
             found, _ = self._etcd.get_many([key], deadline=_deadline())
             current = found[key]
             yield self._found(current) if current else None
-
-    def _remember(
-        self,
-        past: KeyValue | None,
-        key: str,
-        ended: Lease,
-        why: str,
-        expect: dict[str, int],
-        writes: list[Put | Delete],
-    ) -> None:
-        """Have the transaction write down whose the address was, unless what stands there cannot be read."""
-        history = remembered(past.value if past else None, ended, why, datetime.datetime.now(datetime.UTC))
-        if history is not None:
-            expect[key] = past.revision if past else 0
-            writes.append(Put(key, history))
 
     def _found(self, each: KeyValue) -> Found | None:
         try:
@@ -561,11 +614,6 @@ class Operations:
     def _list(self, prefix: str) -> list[KeyValue]:
         return self._etcd.list(prefix, deadline=_deadline())[0]
 
-    def _value(self, key: str, kind: type[T]) -> T | None:
-        found, _ = self._etcd.get_many([key], deadline=_deadline())
-        each = found[key]
-        return _read(each.value if each else None, kind)
-
     def _commit(self, expect: Mapping[str, int], writes: Sequence[Put | Delete], proof: str | None = None) -> bool:
         return self._etcd.commit(expect, writes, deadline=_deadline(), proof=proof).applied
 
@@ -575,14 +623,6 @@ def _address(text: str) -> Address | None:
         return parse_address(text)
     except ValueError:
         return None
-
-
-def _forbidding(segment: str, settings: SegmentSettings | str | None, address: Address) -> list[str]:
-    if settings is None:
-        return []
-    if isinstance(settings, str):
-        return [f"the settings of segment {segment} cannot be read, so nothing is given out in it: {settings}"]
-    return [rule.why for rule in settings.rules() if rule.taken.contains(address)]
 
 
 def _without_range(settings: SegmentSettings, what: Range, segment: str) -> SegmentSettings:

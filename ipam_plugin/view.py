@@ -42,6 +42,7 @@ from ipam_plugin.model import (
     RESERVED,
     STANDBY,
     UNREADABLE,
+    UNUSED,
     History,
     Host,
     Keys,
@@ -463,7 +464,7 @@ class View:
             self._report(key, f"cannot be read: {error}")
             return
         # While it was held nobody used it: it rests since its container stopped.
-        used = next((each for each in past if each.kind != HELD), None)
+        used = next((each for each in past if each.kind not in UNUSED), None)
         freed = parse_time(used.until) if used else None
         if used is not None and freed is not None:
             # Freed by a host whose clock is ahead, it still rests no longer than the cooldown.

@@ -13,6 +13,8 @@ from tests.booted import CHECKOUT, HOSTS, BootedHost, Lan, at_once
 from tests.lab.node import ROOT
 
 TEXT = (ROOT / "README.md").read_text()
+ADOPT = "Adopt a running network"
+"""The heading whose commands are typed on hosts that have such a network (test_adopt_engine.py)."""
 TIMES: list[str] = []
 """What took long, a line each."""
 

@@ -90,6 +90,10 @@ def grant(lease: Lease | None, claim: Claim) -> Decision:
     return decisions.grant_endpoint(lease, claim, MAC, None)
 
 
+def grant_fixed(lease: Lease | None, claim: Claim) -> Decision:
+    return decisions.grant_endpoint(lease, claim, MAC, None, fixed=True)
+
+
 def bridge_new(lease: Lease | None, claim: Claim) -> Decision:
     return decisions.grant_bridge(lease, claim, None)
 
@@ -133,13 +137,13 @@ TABLE = {
     (HOST, OTHER): (T, KEEP, T, T, T, KEEP, KEEP, T, KEEP, KEEP),
     (ROUTER, ME): (T, ROUTER, T, KEEP, KEEP, FREE, FREE, T, KEEP, KEEP),
     (ROUTER, OTHER): (T, ROUTER, T, KEEP, KEEP, KEEP, KEEP, T, KEEP, KEEP),
-    (RESERVED, ME): (T, KEEP, T, KEEP, KEEP, KEEP, KEEP, T, KEEP, KEEP),
+    (RESERVED, ME): (T, KEEP, T, KEEP, KEEP, KEEP, KEEP, KEEP, KEEP, KEEP),
     (RESERVED, OTHER): (T, KEEP, T, KEEP, KEEP, KEEP, KEEP, T, KEEP, KEEP),
     (CONFLICT, ME): (T, ROUTER, T, T, T, KEEP, KEEP, STANDBY, FREE, CONFLICT),
     (CONFLICT, OTHER): (T, ROUTER, T, T, T, KEEP, KEEP, STANDBY, FREE, CONFLICT),
     (STANDBY, ME): (ENDPOINT, ROUTER, HOST, HOST, HOST, KEEP, KEEP, STANDBY, KEEP, KEEP),
     (STANDBY, OTHER): (T, T, T, T, T, KEEP, KEEP, T, KEEP, KEEP),
-    (HELD, ME): (ENDPOINT, ROUTER, HOST, HOST, HOST, KEEP, KEEP, STANDBY, KEEP, KEEP),
+    (HELD, ME): (ENDPOINT, ROUTER, HOST, HOST, HOST, KEEP, KEEP, KEEP, KEEP, KEEP),
     (HELD, OTHER): (T, T, T, T, T, KEEP, KEEP, T, KEEP, KEEP),
     (UNREADABLE, ME): (T, KEEP, T, KEEP, KEEP, KEEP, KEEP, T, KEEP, KEEP),
     (UNREADABLE, OTHER): (T, KEEP, T, KEEP, KEEP, KEEP, KEEP, T, KEEP, KEEP),
@@ -315,11 +319,13 @@ def test_only_the_very_conflict_that_was_looked_at_ends(lease: Lease | None, cla
 @given(st.none() | any_lease, claims)
 def test_a_claim_is_what_an_endpoint_may_be_made_of(lease: Lease | None, claim: Claim) -> None:
     """Section 7: whatever may be claimed becomes this host's standby, which its request alone can convert; whoever may
-    not have the address as it stands may not claim it either, but for a stranger's, which is looked at anew.
+    not have the address as it stands may not claim it either, but for a stranger's, which is looked at anew. What is
+    kept for a container of this host need not be claimed.
     """
     claimed = outcome(decisions.claim_ahead, lease, claim)
     if lease is None or lease.kind != CONFLICT:
-        assert (claimed == STANDBY) == (outcome(grant, lease, claim) == ENDPOINT)
+        assert (claimed in (STANDBY, KEEP)) == (outcome(grant_fixed, lease, claim) == ENDPOINT)
+    assert (claimed is KEEP) == decisions.is_kept_for(lease, claim.host)
     if claimed == STANDBY:
         standby = decisions.claim_ahead(lease, claim)
         assert isinstance(standby, Lease)
@@ -618,7 +624,7 @@ def test_a_running_container_gets_back_what_is_nobody_elses(kind: str, host: str
     lease = Lease(kind=kind, host=host, mac=CARD)
     if (kind, host) == (ENDPOINT, ME):
         assert decisions.restore_endpoint(lease, CLAIM, MAC, None, False) is KEEP
-    elif kind in (HELD, STANDBY) and host == ME:
+    elif kind in (HELD, STANDBY, RESERVED) and host == ME:
         restored = decisions.restore_endpoint(lease, CLAIM, MAC, None, True)
         assert isinstance(restored, Lease)
         assert (restored.kind, restored.mac, restored.fixed, restored.token) == (ENDPOINT, MAC, True, CLAIM.token)
@@ -634,3 +640,88 @@ def test_a_conflict_with_the_containers_own_mac_is_the_container() -> None:
         decisions.restore_endpoint(Lease(kind=CONFLICT), CLAIM, "", None, False)
     own = Lease(kind=ROUTER, holders=(Holder(ME, POOL.id),))
     assert decisions.restore_endpoint(own, CLAIM, MAC, None, False) is KEEP
+
+
+# --- what a container had before its network had this driver -------------------------------------------
+
+
+def adopted(name: str = "web") -> Lease:
+    """A reservation for a container of this host, as `ipam-plugin adopt` writes it."""
+    return Lease(kind=RESERVED, host=ME, mac=MAC, container=Container(name), token="old-token")
+
+
+def test_an_adopted_address_is_given_to_its_container_alone() -> None:
+    """`--ip` by that host takes it, and where the engine names containers only the one it is kept for. Without `--ip`
+    nobody gets it, and no other host does."""
+    for asking in (None, Container("web")):
+        given = decisions.grant_endpoint(adopted(), CLAIM, CARD, asking, fixed=True)
+        assert isinstance(given, Lease)
+        assert (given.kind, given.host, given.token, given.note) == (ENDPOINT, ME, CLAIM.token, "")
+        assert decisions.claim_ahead(adopted(), CLAIM, asking) is KEEP
+    for decide in (decisions.claim_ahead, lambda *told: decisions.grant_endpoint(*told[:2], MAC, told[2], fixed=True)):
+        with pytest.raises(AddressTaken, match=r"for container web on host here.*unreserve 10\.0\.0\.5"):
+            decide(adopted(), CLAIM, Container("db"))
+        with pytest.raises(AddressTaken):
+            decide(adopted(), CLAIM._replace(host=OTHER), Container("web"))
+    with pytest.raises(AddressTaken):
+        decisions.grant_endpoint(adopted(), CLAIM, MAC, Container("web"))
+
+
+# --- what the history remembers ------------------------------------------------------------------------
+
+DECISIONS = (
+    grant, grant_fixed, *REQUESTS[1:],
+    lambda lease, claim: decisions.restore_endpoint(lease, claim, MAC, None, True),
+    lambda lease, claim: decisions.give_back(lease, claim, "old-token", True, False),
+    lambda lease, claim: decisions.give_back(lease, claim, "old-token", False, False, 600.0),
+    lambda lease, claim: decisions.end_orphan(lease, claim, "old-token", True),
+    lambda lease, claim: decisions.end_hold(lease, claim, "old-token"),
+    lambda lease, claim: decisions.name_container(lease, claim, "old-token", Container("web"), MAC),
+)  # fmt: skip
+
+
+@given(st.none() | any_lease, claims, st.sampled_from(DECISIONS))
+def test_no_holder_is_forgotten(lease: Lease | None, claim: Claim, decide: Any) -> None:
+    """Section 4: whoever had an address and has it no more stands in its history, whatever the decision was; who goes
+    on having it does not."""
+    try:
+        decision = decide(lease, claim)
+    except AddressTaken:
+        return
+    if decision is KEEP:
+        return
+    after = decision if isinstance(decision, Lease) else None
+    ended = decisions.ends(lease, after)
+    if lease is None or lease.kind == STANDBY:
+        assert not ended, "nobody had it"
+    elif after is None or (after.kind, after.host) != (lease.kind, lease.host):
+        back = lease.kind == HELD and after is not None and after.kind == ENDPOINT
+        looked_at = lease.kind == CONFLICT and after is not None and after.kind in (CONFLICT, STANDBY)
+        assert ended or back or looked_at
+    elif after.token == lease.token:
+        assert not ended, "the same grant, with one more word in it"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "ended"),
+    [
+        (
+            Lease(HELD, ME, container=Container("web"), token="a"),
+            Lease(ENDPOINT, ME, container=Container("web")),
+            False,
+        ),
+        (Lease(HELD, ME, container=Container("web"), token="a"), Lease(ENDPOINT, ME, container=Container("db")), True),
+        (Lease(HELD, ME, fixed=True, token="a"), Lease(ENDPOINT, ME, fixed=True), False),
+        (Lease(HELD, ME, MAC, token="a"), Lease(ENDPOINT, ME, MAC), False),
+        (Lease(HELD, ME, MAC, token="a"), Lease(ENDPOINT, ME, CARD), True),
+        (Lease(CONFLICT, mac=MAC, token="a"), Lease(CONFLICT, mac=MAC, token="b"), False),
+        (Lease(CONFLICT, mac=MAC, token="a"), Lease(CONFLICT, mac=CARD, token="b"), True),
+        (Lease(CONFLICT, mac=MAC, token="a"), Lease(STANDBY, ME, MAC, token="b"), False),
+        (Lease(ENDPOINT, ME, token="a"), Lease(STANDBY, ME, token="b"), True),
+        (Lease(ENDPOINT, ME, token="a"), Lease(ENDPOINT, ME, token="b"), True),
+        (Lease(RESERVED, token="a"), Lease(RESERVED, token="a", note="new"), False),
+    ],
+)
+def test_who_goes_on_having_it(before: Lease, after: Lease, ended: bool) -> None:
+    """A container that comes back and a stranger that is looked at again are no new holders; another container is."""
+    assert decisions.ends(before, after) is ended

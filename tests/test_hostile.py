@@ -250,7 +250,7 @@ def filled() -> Iterator[Filled]:
         yield Filled(cluster, client, corpus)
 
 
-# By command; each is typed to the corpus. `check` and `scan` stop where they would need Docker or a LAN.
+# By command; each is typed to the corpus. `check`, `adopt` and `scan` stop where they would need Docker or a LAN.
 TYPED = {
     "leases": ["leases", "leases -o json", "leases --kind unreadable", "leases --segment clean --host h -o json"],
     "show": [*(f"show {each}" for each in (hostile.ADDRESS, "198.18.0.5", "198.18.1.2")), "show 198.18.1.2 -o json"],
@@ -259,6 +259,7 @@ TYPED = {
     "host": ["host retire nobody", "host retire hostile40"],
     "segment": [*(f"segment hostile{n}" for n in range(30, 60)), "segment h -o json", "segment default --no-router"],
     "check": ["check", "check -o json"],
+    "adopt": ["adopt", "adopt lan --apply -o json"],
     "scan": ["scan clean"],
     "doctor": ["doctor --no-lan", "doctor --no-lan -o json"],
     "reserve": [f"reserve {hostile.ADDRESS}", "reserve 198.18.0.5", "reserve 198.18.0.0/24 --segment default"],

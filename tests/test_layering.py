@@ -53,7 +53,9 @@ ALLOWED = {
     "restoration": {"errors", "etcd", "ledger", "model", "view"},
     "retirement": {"decisions", "model"},
     "retire": {"addresses", "errors", "etcd", "ledger", "model", "neighbourhood", "retirement", "view"},
-    "operations": {"addresses", "check", "errors", "etcd", "model"},
+    "explain": {"addresses", "model"},
+    "adopt": {"addresses", "check", "decisions", "evidence", "explain", "model"},
+    "operations": {"addresses", "adopt", "check", "decisions", "errors", "etcd", "explain", "model"},
     "examine": {
         "addresses", "config", "dockerd", "doctor", "errors", "etcd", "evidence", "interfaces", "model", "operations",
         "wire",
@@ -67,8 +69,8 @@ ALLOWED = {
     },
     "web": {"addresses", "board", "errors", "etcd", "model"},
     "cli": {
-        "addresses", "check", "config", "daemon", "dockerd", "doctor", "errors", "etcd", "evidence", "examine", "host",
-        "install", "model", "operations", "scan", "vendors", "web",
+        "addresses", "adopt", "check", "config", "daemon", "dockerd", "doctor", "errors", "etcd", "evidence", "examine",
+        "explain", "host", "install", "journal", "model", "operations", "scan", "vendors", "web",
     },
 }  # fmt: skip
 
@@ -119,6 +121,8 @@ PURE = {
     "evidence": {"collections", "enum", "typing"},
     "retirement": {"collections", "typing"},
     "check": {"collections", "datetime", "typing"},
+    "explain": {"collections", "datetime", "enum", "typing"},
+    "adopt": {"collections", "shlex", "typing"},
     "board": {"collections", "heapq", "typing"},
     "doctor": {"collections", "shlex", "typing"},
 }

@@ -21,6 +21,7 @@ from ipam_plugin.addresses import parse_address
 from ipam_plugin.errors import DockerUnavailable, ProbeFailed
 from ipam_plugin.evidence import Attachment, Look, Network
 from ipam_plugin.interfaces import Link
+from ipam_plugin.journal import Entry, Journal
 from ipam_plugin.model import Alive, HostAddress, Lease, SegmentSettings, decode, encode
 from ipam_plugin.model import Host as HostRecord
 
@@ -137,11 +138,10 @@ def test_show(run: Run, lan: Lan, a: Host) -> None:
     a.release(pool, "192.168.1.100")
     told = run("show", "192.168.1.100")
     assert "is free" in told.out
-    assert "before: endpoint web on a" in told.out
+    assert "before: container web on host a (MAC 02:42:" in told.out
     assert "released" in told.out
     shown = run("show", "192.168.1.100", "-o", "json").json
-    assert [each["segment"] for each in shown] == ["default"]
-    assert shown[0]["lease"] is None
+    assert [(each["segment"], each["verdict"], each["lease"]) for each in shown] == [("default", "resting", None)]
     assert shown[0]["history"][0]["container"] == {"name": "web"}
     run("segment", "default", "--exclude", "192.168.1.64/26")
     assert "it is excluded (192.168.1.64/26)" in run("show", "192.168.1.100").out
@@ -151,13 +151,18 @@ def test_show(run: Run, lan: Lan, a: Host) -> None:
 def test_show_looks_in_the_right_segments(run: Run, lan: Lan) -> None:
     """In the one named; else wherever something is known of the address; else in the default one. Never nothing."""
     lan.put(KEYS.segment("lab"), '{"exclude":["10.0.0.5"]}')
-    assert run("show", "192.168.1.77").out == "192.168.1.77 in segment default is free\n"
+    nowhere = (
+        " in segment default is free, and no network gives it by itself:\n  no network in use has it in its subnet"
+    )
+    assert run("show", "192.168.1.77").out.startswith(f"192.168.1.77{nowhere}")
     assert run("show", "10.0.0.5").out.startswith("10.0.0.5 in segment lab has no lease, and is not given:")
-    assert run("show", "10.0.0.5", "--segment", "default").out == "10.0.0.5 in segment default is free\n"
+    assert run("show", "10.0.0.5", "--segment", "default").out.startswith(f"10.0.0.5{nowhere}")
     host = lan.host("x", segment="old")
     pool = host.create("10.9.0.0/24")
     host.release(pool, host.run(pool, "10.9.0.9"))
-    assert "10.9.0.9 in segment old is free\n  before:" in run("show", "10.9.0.9").out
+    assert run("show", "10.9.0.9").out.startswith("10.9.0.9 in segment old is free, and rests:")
+    assert "  before: container" not in run("show", "10.9.0.8").out
+    assert run("show", "10.9.0.8").out == "10.9.0.8 in segment old is free\n"
     assert run("show", "10.0.0.5", "--segment", "a/b").status == 2
 
 
@@ -166,6 +171,44 @@ def test_show_names_a_hosts_own_address(run: Run, lan: Lan) -> None:
     record = HostRecord(host="h", addresses=(HostAddress("192.168.1.11", 24, "br0"),))
     lan.put(KEYS.host("h"), encode(record))
     assert "Docker host h itself (br0)" in run("show", "192.168.1.11").out
+
+
+def test_show_says_what_the_journal_of_this_host_has(run: Run, lan: Lan, a: Host, tmp_path: Path) -> None:
+    """On the host that gave an address while etcd was away; elsewhere, and where it cannot be read, nothing is said."""
+    address = a.run(a.create(), "192.168.1.100")
+    lease = Lease("endpoint", host="a", mac="02:42:00:00:00:99", token="t")
+    (tmp_path / "config.yaml").write_text(f"etcd: {{endpoints: [http://127.0.0.1:2379]}}\nstate_dir: {tmp_path}\n")
+    assert "journal" not in run("show", address).out
+    kept = Journal(tmp_path / "journal")
+    kept.append(Entry("released", "p", "x", "default", address))
+    assert "released in the journal of this host" in run("show", address).out
+    kept.append(Entry("given", "p", "x", "default", "192.168.1.101", lease))
+    told = run("show", "192.168.1.101")
+    assert told.out.startswith("192.168.1.101 in segment default is taken (endpoint): a container on host a")
+    assert "given to a container on host a (MAC 02:42:00:00:00:99) in the journal of this host" in told.out
+    kept.close()
+
+
+def test_show_asks_the_wire(run: Run, lan: Lan, a: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --wire: who answers, also where nobody has registered anything; without the right to, it is refused."""
+    a.create()
+    card = Link(1, "br0", "02:00:00:00:00:01", "bridge", True, True, False, "")
+    monkeypatch.setattr(scan, "require_rights", lambda: None)
+    monkeypatch.setattr(scan, "interfaces_of_this_machine", lambda: ([bridge("192.168.1.11/24")], [card]))
+
+    def asked(target: Any, wanted: Any, **_: Any) -> scan.Report:
+        return scan.Report({each: ["00:11:22:33:44:55"] for each in wanted}, {}, 6, "")
+
+    monkeypatch.setattr(scan, "ask", asked)
+    assert "MAC 00:11:22:33:44:55 answers for it" in run("show", "192.168.1.77", "--wire").out
+    assert run("show", "192.168.1.77", "--wire", "-o", "json").json[0]["verdict"] == "in_use"
+    assert "the wire could not be asked: no network" in run("show", "10.0.0.1", "--wire").out
+
+    def refused() -> None:
+        raise ProbeFailed("raw sockets need the capability CAP_NET_RAW")
+
+    monkeypatch.setattr(scan, "require_rights", refused)
+    assert run("show", "192.168.1.77", "--wire").status == 1
 
 
 def test_pools(run: Run, lan: Lan, a: Host) -> None:
@@ -481,8 +524,9 @@ def test_uninstall_gives_this_hosts_standby_back(uninstall: Callable[[], list[st
         lan.put(f"{KEYS.leases}{place}", json.dumps(lease))
     lan.put(f"{KEYS.leases}default/192.168.1.7", "junk")
     assert uninstall() == ["standby and held addresses of host a given back: 4"]
-    left = [key.removeprefix(KEYS.leases) for key in sorted(lan.keys())]
+    left = [key.removeprefix(KEYS.leases) for key in sorted(lan.under(KEYS.leases))]
     assert left == [f"default/192.168.1.{number}" for number in (4, 5, 6, 7)]
+    assert list(lan.under(KEYS.history)) == [f"{KEYS.history}lab/192.168.1.4"], "only the hold was somebody's"
 
 
 def test_a_standby_that_a_container_just_got_stays(uninstall: Callable[[], list[str]], lan: Lan) -> None:
