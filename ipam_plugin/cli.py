@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from ipam_plugin.etcd import Etcd
     from ipam_plugin.evidence import Look as DockerLook
     from ipam_plugin.scan import Report, Target
+    from ipam_plugin.schema import Client
 
 EMBEDDED_DATA = Path("/var/lib/ipam-plugin/etcd")
 LONGEST_CELL = 300  # characters
@@ -130,11 +131,20 @@ def _with_operations(command: Callable[..., None]) -> Callable[..., None]:
         config = _load(config_path or ctx.obj)
         etcd = etcd_of(config)
         try:
-            command(ops=Operations(etcd, Keys(config.prefix), _who()), config=config, **arguments)
+            command(ops=_operations(etcd, Keys(config.prefix)), config=config, **arguments)
         finally:
             etcd.close()
 
     return wrapped
+
+
+def _operations(etcd: Client, keys: Keys) -> Operations:
+    from ipam_plugin.schema import Guarded
+
+    def warn(problem: str) -> None:
+        click.echo(_clean(f"ipam-plugin: what follows may not be all: {problem}"), err=True)
+
+    return Operations(Guarded(etcd, keys, warn), keys, _who())
 
 
 def _who() -> str:
@@ -899,7 +909,7 @@ def _give_back_standby(config_path: str | None) -> Iterator[str]:
         host = state.read("host")
         etcd = etcd_of(config)
         try:
-            count = Operations(etcd, Keys(config.prefix), _who()).give_back_standby(host)
+            count = _operations(etcd, Keys(config.prefix)).give_back_standby(host)
         finally:
             etcd.close()
     except (ConfigError, IpamError) as error:

@@ -35,6 +35,7 @@ ALLOWED = {
     "metrics": {"addresses"},
     "embedded_etcd": {"errors"},
     "install": {"errors"},
+    "schema": {"errors", "etcd", "model"},
     "ledger": {"addresses", "decisions", "errors", "etcd", "model", "view"},
     "neighbourhood": {"addresses", "errors", "interfaces", "model", "view", "wire"},
     "journal": {"addresses", "errors", "model"},
@@ -63,12 +64,12 @@ ALLOWED = {
     "daemon": {
         "addresses", "app", "claims", "config", "dockerd", "embedded_etcd", "errors", "etcd", "holds", "host",
         "interfaces", "journal", "ledger", "metrics", "model", "neighbourhood", "outage", "reconcile", "register",
-        "restoration", "retire", "standby", "vendors", "view", "wire",
+        "restoration", "retire", "schema", "standby", "vendors", "view", "wire",
     },
     "web": {"addresses", "board", "errors", "etcd", "model"},
     "cli": {
         "addresses", "check", "config", "daemon", "dockerd", "doctor", "errors", "etcd", "evidence", "examine", "host",
-        "install", "model", "operations", "scan", "vendors", "web",
+        "install", "model", "operations", "scan", "schema", "vendors", "web",
     },
 }  # fmt: skip
 
