@@ -98,9 +98,16 @@ def _listen_address(ctx: click.Context, param: click.Parameter, value: str) -> s
 
 
 config_option = click.option(
-    "--config", "config_path", metavar="FILE", help="Configuration [/etc/ipam-plugin/config.yaml]"
+    "--config", "config_path", type=click.Path(), metavar="FILE", help="Configuration [/etc/ipam-plugin/config.yaml]"
 )
-output_option = click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+output_option = click.option(
+    "-o",
+    "--output",
+    type=click.Choice(["table", "json"]),
+    default="table",
+    show_default=True,
+    help="For people, or for scripts.",
+)
 segment_option = click.option(
     "--segment", metavar="NAME", callback=_segment_name, help="The segment [the configuration's]"
 )
@@ -855,7 +862,7 @@ def web(inherited: str | None, config_path: str | None, listen: str, names: tupl
 
 
 @cli.command("check-config")
-@click.argument("file", required=False)
+@click.argument("file", required=False, type=click.Path())
 @config_option
 @click.pass_obj
 def check_config(inherited: str | None, config_path: str | None, file: str | None) -> None:
@@ -873,10 +880,13 @@ def check_config(inherited: str | None, config_path: str | None, file: str | Non
 @cli.command()
 @click.option("--no-start", is_flag=True, help="Put the files in place, enable and start nothing.")
 def install(no_start: bool) -> None:
-    """Put the driver's spec, an example configuration and the systemd units in place."""
+    """Put the driver's spec, an example configuration, the systemd units, the manual page and the shells' completions
+    in place.
+    """
     from ipam_plugin import install as installing
+    from ipam_plugin import manual
 
-    for line in installing.install(start=not no_start):
+    for line in installing.install(start=not no_start, manual=manual.page(cli, __version__)):
         click.echo(line)
 
 

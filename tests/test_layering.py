@@ -35,6 +35,7 @@ ALLOWED = {
     "metrics": {"addresses"},
     "embedded_etcd": {"errors"},
     "install": {"errors"},
+    "manual": set(),
     "schema": {"errors", "etcd", "model"},
     "ledger": {"addresses", "decisions", "errors", "etcd", "model", "view"},
     "neighbourhood": {"addresses", "errors", "interfaces", "model", "view", "wire"},
@@ -69,7 +70,7 @@ ALLOWED = {
     "web": {"addresses", "board", "errors", "etcd", "model"},
     "cli": {
         "addresses", "check", "config", "daemon", "dockerd", "doctor", "errors", "etcd", "evidence", "examine", "host",
-        "install", "model", "operations", "scan", "schema", "vendors", "web",
+        "install", "manual", "model", "operations", "scan", "schema", "vendors", "web",
     },
 }  # fmt: skip
 
@@ -86,7 +87,7 @@ OWNERS = {
     "werkzeug": {"app", "web"},
     "gunicorn": {"daemon", "web"},
     "prometheus_client": {"metrics"},
-    "click": {"cli"},
+    "click": {"cli", "manual"},
     "rich": {"cli"},
     "msgspec": {
         "app",
@@ -122,6 +123,7 @@ PURE = {
     "check": {"collections", "datetime", "typing"},
     "board": {"collections", "heapq", "typing"},
     "doctor": {"collections", "shlex", "typing"},
+    "manual": {"collections", "re"},
 }
 CLOCKS = {"now", "utcnow", "today", "time", "monotonic"}
 
