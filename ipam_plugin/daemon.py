@@ -145,6 +145,7 @@ class Daemon:
             request_limit=config.deadline - ANSWER_MARGIN,
             boot_wait=max(0.0, config.boot_wait - ANSWER_MARGIN),
         )
+        guarded.on_raised = self._presence.changed
         self._ledger = Ledger(guarded, self._view, keys, name)
         self._restoration = Restoration(
             self._etcd,

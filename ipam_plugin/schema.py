@@ -65,6 +65,7 @@ class Guarded:
         self._warn = warn
         self._known: KeyValue | None = None
         self._problem: str | None = None  # None: not looked at yet
+        self.on_raised: Callable[[], None] = lambda: None  # a transaction found that it is understood no more
 
     def check(self, deadline: float) -> str:
         """'' when the register is understood, else why not. Where none says its version, this one's is written."""
@@ -95,7 +96,8 @@ class Guarded:
             schema = commit.found[self._key]
             if (schema.revision if schema else 0) == known:
                 return commit._replace(found=found, uncertain=uncertain)
-            self._learn(schema)
+            if self._learn(schema):
+                self.on_raised()
 
     def get(self, key: str, *, deadline: float) -> KeyValue | None:
         found = self._etcd.get(key, deadline=deadline)

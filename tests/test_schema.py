@@ -17,7 +17,10 @@ from conftest import RealEtcd
 from daemons import DaemonProcess, run
 from etcd_server import until
 from fakes import FakeEtcd, Fault
+from harness import KEYS as HARNESS
+from harness import Lan, bridge
 from ipam_plugin import __version__
+from ipam_plugin.addresses import parse_address
 from ipam_plugin.errors import EtcdRefused, EtcdUnavailable, OutcomeUnknown
 from ipam_plugin.etcd import Put
 from ipam_plugin.model import Keys, Lease, PoolUse, Schema, decode, encode, rewritten
@@ -96,6 +99,25 @@ def test_a_changed_value_keeps_the_fields_of_a_newer_program(unknown: dict[str, 
 @pytest.mark.parametrize("before", [b"", b"{", b"[]", b"\xff", b'{"kind":"endpoint"}'])
 def test_what_is_no_newer_value_adds_nothing(before: bytes) -> None:
     assert rewritten(Lease("endpoint"), before) == encode(Lease("endpoint"))
+
+
+def test_another_holder_begins_anew() -> None:
+    """What a newer program said of the one before is not said of the next; of the same one it stays."""
+    with Lan() as lan:
+        host = lan.host("a", bridge("192.168.1.11/24"))
+        pool = host.create()
+        key = HARNESS.lease("default", parse_address("192.168.1.66"))
+        held = {"kind": "held", "host": "a", "pool": pool, "token": "old", "fixed": True, "colour": "red"}
+        lan.put(key, json.dumps(held))
+        host.catch_up()
+        assert host.run(pool, "192.168.1.66") == "192.168.1.66"
+        fresh = json.loads(lan.keys()[key])
+        assert fresh["kind"] == "endpoint"
+        assert "colour" not in fresh
+        lan.put(key, json.dumps({**fresh, "colour": "blue"}))
+        host.catch_up()
+        assert host.auxiliary(pool, "192.168.1.66").status == 200  # a replay, noted in that lease
+        assert json.loads(lan.keys()[key]).items() >= {**fresh, "noted": 1, "colour": "blue"}.items()
 
 
 # --- the guard -----------------------------------------------------------------------------------------------
