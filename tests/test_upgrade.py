@@ -29,7 +29,7 @@ pytestmark = pytest.mark.etcd
 VERSIONS = {
     "the first daemon": "16381965a7a7e054d5545b41e76d9caafebdfc37",
     "0.1.0, before the wire was asked": "d97f6c512dff122bc84c3ddd1de90f3bf5f52d8e",
-    "before holds and retired hosts": "816bc44",
+    "before holds and retired hosts": "816bc4414996de6afa6a836c193ec672624c3dec",
 }
 SUBNET = "198.18.0.0/26"
 KNOWN_TO_ALL = ("etcd", "host", "socket", "state_dir", "prefix", "metrics", "probe")
