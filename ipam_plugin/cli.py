@@ -843,7 +843,14 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @cli.command()
-@click.option("--listen", default="127.0.0.1:9180", show_default=True, metavar="ADDRESS:PORT", callback=_listen_address)
+@click.option(
+    "--listen",
+    default="127.0.0.1:9180",
+    show_default=True,
+    metavar="ADDRESS:PORT",
+    callback=_listen_address,
+    help="Where browsers reach it.",
+)
 @click.option("--name", "names", multiple=True, metavar="NAME", help="Browsers may ask for the page by this name, too.")
 @config_option
 @click.pass_obj

@@ -26,8 +26,6 @@ from tests.booted import ROOT, Booted, checkout, debian, wheels
 from tests.lab import Lab
 from tests.readme import TEXT
 
-ASSETS = {path.name for path in (ROOT / "ipam_plugin/assets").iterdir()}
-
 
 def typed(*command: object, cwd: Path, seconds: float = 120, **more: str) -> str:
     """What a command says that has to succeed, outside the checkout and without what its tests have around them."""
@@ -70,12 +68,14 @@ def test_the_wheel_has_all_that_it_needs(venv: Path, tmp_path: Path) -> None:
     """Nothing of a test or a checkout is needed, and no more than it asks for is there."""
     assert typed(venv / "bin/ipam-plugin", "--version", cwd=tmp_path).strip() == f"ipam-plugin, version {__version__}"
     typed(venv / "bin/pip", "check", cwd=tmp_path)
-    look = "import ipam_plugin, os; p = ipam_plugin.__path__[0]; print(p, *os.listdir(p + '/assets'))"
-    path, *assets = typed(venv / "bin/python", "-I", "-c", look, cwd=tmp_path).split()
+    path = typed(venv / "bin/python", "-I", "-c", "print(__import__('ipam_plugin').__path__[0])", cwd=tmp_path).strip()
     assert Path(path).is_relative_to(venv)
-    assert set(assets) - {"__pycache__"} == ASSETS
-    modules = {each.name for each in Path(path).glob("*.py")}
-    assert modules == {each.name for each in (ROOT / "ipam_plugin").glob("*.py")}
+    assert shipped(Path(path)) == shipped(ROOT / "ipam_plugin")
+
+
+def shipped(package: Path) -> dict[str, bytes]:
+    found = {str(each.relative_to(package)): each for each in package.rglob("*") if "__pycache__" not in each.parts}
+    return {name: each.read_bytes() for name, each in found.items() if each.is_file()}
 
 
 def test_the_wheel_installs_the_service(venv: Path, tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_the_package_on_a_machine_without_network(machine: Booted) -> None:
     assert len({first, second, third}) == 3
 
     said = machine("apt-get remove --yes ipam-plugin", 120).stdout
-    assert "ipam-plugin.socket and ipam-plugin.service stopped and disabled" in said
+    assert "ipam-plugin.socket, ipam-plugin.service, ipam-plugin-web.service stopped and disabled" in said
     assert machine("ls /run/ipam-plugin /usr/bin/ipam-plugin /usr/lib/ipam-plugin", check=False).stdout == ""
     assert machine("cat /etc/ipam-plugin/config.yaml /var/lib/ipam-plugin/host").stdout.endswith("offline\n")
     machine("apt-get purge --yes ipam-plugin", 120)
