@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: help venv run demo test bench screenshots lint lock audit clean
+.PHONY: help venv run demo test bench screenshots lint lock audit deb clean
 
 help:
 	@echo "make run    the daemon with an etcd of its own, for the Docker Engine of this machine"
@@ -15,6 +15,7 @@ help:
 	@echo "make lint   style and types"
 	@echo "make lock   renew requirements.lock: the newest releases that pyproject.toml allows, with their hashes"
 	@echo "make audit  ask PyPI for known holes in what requirements.lock names"
+	@echo "make deb    a Debian package in dist/, for machines without internet access"
 	@echo "make venv   only the virtual environment in $(VENV)"
 
 venv: $(VENV)/.made
@@ -68,5 +69,8 @@ $(VENV)/locking/.made: $(VENV)/.made
 	$(VENV)/locking/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9,<1' 'pip-audit>=2.9,<3'
 	touch $@
 
+deb: venv
+	.ci/deb $(RUN)/python dist
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build dist *.egg-info

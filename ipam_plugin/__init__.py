@@ -1,3 +1,3 @@
 """ipam-plugin: one register of addresses for containers that live on the physical LAN."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

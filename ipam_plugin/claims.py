@@ -815,3 +815,19 @@ class Claims:
         elif look.verdict is Verdict.STRANGER:
             again = decisions.found_in_use(claim, look.mac, self._vendor_of(look.mac))
             self._ledger.change(claim, functools.partial(decisions.renew_conflict, token=token, again=again), deadline)
+
+    def end_own_address(self, pool: Pool, address: Address, token: str, deadline: float) -> None:
+        """Ask for an address that this host had itself, and free it where it is silent."""
+        if self._neighbourhood.look(pool, address, deadline, thorough=True).verdict is not Verdict.FREE:
+            return
+
+        def decide(lease: Lease | None, claim: Claim) -> Decision:
+            carried = address in self._neighbourhood.carried(deadline)
+            return decisions.end_own_address(lease, claim, token, carried)
+
+        self._ledger.change(
+            self._ledger.claim(pool, address),
+            decide,
+            deadline,
+            why="no interface carries it any more, and it is silent",
+        )

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from ipam_plugin.evidence import Look as DockerLook
     from ipam_plugin.evidence import OtherNetwork, Others
     from ipam_plugin.scan import Report, Target
+    from ipam_plugin.schema import Client
 
 EMBEDDED_DATA = Path("/var/lib/ipam-plugin/etcd")
 LONGEST_CELL = 300  # characters
@@ -102,9 +103,16 @@ def _listen_address(ctx: click.Context, param: click.Parameter, value: str) -> s
 
 
 config_option = click.option(
-    "--config", "config_path", metavar="FILE", help="Configuration [/etc/ipam-plugin/config.yaml]"
+    "--config", "config_path", type=click.Path(), metavar="FILE", help="Configuration [/etc/ipam-plugin/config.yaml]"
 )
-output_option = click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+output_option = click.option(
+    "-o",
+    "--output",
+    type=click.Choice(["table", "json"]),
+    default="table",
+    show_default=True,
+    help="For people, or for scripts.",
+)
 segment_option = click.option(
     "--segment", metavar="NAME", callback=_segment_name, help="The segment [the configuration's]"
 )
@@ -135,11 +143,20 @@ def _with_operations(command: Callable[..., None]) -> Callable[..., None]:
         config = _load(config_path or ctx.obj)
         etcd = etcd_of(config)
         try:
-            command(ops=Operations(etcd, Keys(config.prefix), _who()), config=config, **arguments)
+            command(ops=_operations(etcd, Keys(config.prefix)), config=config, **arguments)
         finally:
             etcd.close()
 
     return wrapped
+
+
+def _operations(etcd: Client, keys: Keys) -> Operations:
+    from ipam_plugin.schema import Guarded
+
+    def warn(problem: str) -> None:
+        click.echo(_clean(f"ipam-plugin: what follows may not be all: {problem}"), err=True)
+
+    return Operations(Guarded(etcd, keys, warn), keys, _who())
 
 
 def _who() -> str:
@@ -1049,7 +1066,14 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @cli.command()
-@click.option("--listen", default="127.0.0.1:9180", show_default=True, metavar="ADDRESS:PORT", callback=_listen_address)
+@click.option(
+    "--listen",
+    default="127.0.0.1:9180",
+    show_default=True,
+    metavar="ADDRESS:PORT",
+    callback=_listen_address,
+    help="Where browsers reach it.",
+)
 @click.option("--name", "names", multiple=True, metavar="NAME", help="Browsers may ask for the page by this name, too.")
 @config_option
 @click.pass_obj
@@ -1068,7 +1092,7 @@ def web(inherited: str | None, config_path: str | None, listen: str, names: tupl
 
 
 @cli.command("check-config")
-@click.argument("file", required=False)
+@click.argument("file", required=False, type=click.Path())
 @config_option
 @click.pass_obj
 def check_config(inherited: str | None, config_path: str | None, file: str | None) -> None:
@@ -1086,10 +1110,13 @@ def check_config(inherited: str | None, config_path: str | None, file: str | Non
 @cli.command()
 @click.option("--no-start", is_flag=True, help="Put the files in place, enable and start nothing.")
 def install(no_start: bool) -> None:
-    """Put the driver's spec, an example configuration and the systemd units in place."""
+    """Put the driver's spec, an example configuration, the systemd units, the manual page and the shells' completions
+    in place.
+    """
     from ipam_plugin import install as installing
+    from ipam_plugin import manual
 
-    for line in installing.install(start=not no_start):
+    for line in installing.install(start=not no_start, manual=manual.page(cli, __version__)):
         click.echo(line)
 
 
@@ -1122,7 +1149,7 @@ def _give_back_standby(config_path: str | None) -> Iterator[str]:
         host = state.read("host")
         etcd = etcd_of(config)
         try:
-            count = Operations(etcd, Keys(config.prefix), _who()).give_back_standby(host)
+            count = _operations(etcd, Keys(config.prefix)).give_back_standby(host)
         finally:
             etcd.close()
     except (ConfigError, IpamError) as error:

@@ -48,6 +48,7 @@ from ipam_plugin.reconcile import Reconciler
 from ipam_plugin.register import Register
 from ipam_plugin.restoration import Restoration
 from ipam_plugin.retire import Retirer
+from ipam_plugin.schema import Guarded
 from ipam_plugin.standby import Keeper
 from ipam_plugin.vendors import vendor_of
 from ipam_plugin.view import Local, View
@@ -126,9 +127,10 @@ class Daemon:
         self._keys = keys
         self._embedded = EmbeddedEtcd(config.state_dir, config.etcd.endpoints[0]) if embedded_etcd else None
         self._etcd = etcd_of(config)
+        guarded = Guarded(self._etcd, keys)
         self._view = View(keys, name, lambda segment: local_settings(config, segment))
         self._presence = Presence(
-            self._etcd,
+            guarded,
             self._view,
             keys,
             state,
@@ -138,11 +140,13 @@ class Daemon:
             listens_with=lambda: self._neighbourhood.macs(),
             on_silent=lambda error: self._outage.noticed(error),
             restored=lambda: self._restoration.answered,
+            schema=guarded.check,
             time_limit=5.0,
             request_limit=config.deadline - ANSWER_MARGIN,
             boot_wait=max(0.0, config.boot_wait - ANSWER_MARGIN),
         )
-        self._ledger = Ledger(self._etcd, self._view, keys, name)
+        guarded.on_raised = self._presence.changed
+        self._ledger = Ledger(guarded, self._view, keys, name)
         self._restoration = Restoration(
             self._etcd,
             self._ledger,

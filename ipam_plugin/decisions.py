@@ -288,10 +288,21 @@ def register_own(lease: Lease | None, claim: Claim, carrier: InterfaceAddress) -
 
 def lost_address(lease: Lease | None, claim: Claim) -> Decision:
     """No interface of this host carries it any more: the address of a bridge that Docker made for a network that is
-    gone is free. (Engines release it while the bridge still stands.) One that the host had by itself stays."""
+    gone is free. (Engines release it while the bridge still stands.) One that the host had by itself may be another
+    machine's by now: see `end_own_address`."""
     if lease is None or (lease.kind, lease.host) != (HOST, claim.host) or not lease.pool or lease.holders:
         return KEEP
     return FREE
+
+
+def end_own_address(lease: Lease | None, claim: Claim, token: str, carried: bool) -> Decision:
+    """This host's own address is gone: for long no interface has carried it, and nobody answers for it (P3, by proof).
+
+    `carried`: one has it again. What a network of Docker's uses goes with that network.
+    """
+    if lease is None or (lease.kind, lease.host, lease.token) != (HOST, claim.host, token) or not token:
+        return KEEP
+    return KEEP if carried or lease.holders else FREE
 
 
 def give_back(

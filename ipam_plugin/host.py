@@ -292,7 +292,8 @@ class Presence:
 
     `listens_with` gives the MACs of the interfaces that this host listens on, with an address or without; `on_silent`
     is told when etcd did not answer; `restored` gives the token of the last restoration of etcd since which this host
-    has written what its containers have. `request_limit`: seconds from a request's arrival to its answer. `boot_wait`:
+    has written what its containers have. `schema(deadline)` says why the register is none that this program may write
+    to, '' where it may. `request_limit`: seconds from a request's arrival to its answer. `boot_wait`:
     seconds that requests may wait for this host to serve instead, once in a boot.
     """
 
@@ -310,6 +311,7 @@ class Presence:
         listens_with: Callable[[], Collection[str]] = lambda: (),
         on_silent: Callable[[IpamError], None] = lambda error: None,
         restored: Callable[[], str] = lambda: "",
+        schema: Callable[[float], str] = lambda deadline: "",
         request_limit: float = 15.0,
         boot_wait: float = 0.0,
     ) -> None:
@@ -322,6 +324,7 @@ class Presence:
         self._listens_with = listens_with
         self._on_silent = on_silent
         self._restored = restored
+        self._schema = schema
         self._time_limit = time_limit
         self.name = name
         self._kept_name = state.read("host")
@@ -464,6 +467,11 @@ class Presence:
         """Whether the name is ours: refresh the heartbeat, or create it, or take over a predecessor's."""
         if self._ttl_lease and self._etcd.keep_alive(self._ttl_lease, deadline=deadline) <= 0:
             self._ttl_lease = 0
+        # After the refresh: a host that may not write any more is there all the same, and keeps what it has.
+        problem = self._schema(deadline)
+        if problem:
+            self._set_serving(False, problem)
+            return False
         key = self._keys.heartbeat(self.name)
         found = self._etcd.get(key, deadline=deadline)
         who = predecessor(_alive(found), self._me, _process_exists)

@@ -34,6 +34,7 @@ CONFIG = "/etc/ipam-plugin/config.yaml"
 COMMAND = "/usr/local/bin/ipam-plugin"
 UNITS = ("ipam-plugin.socket", "ipam-plugin.service")
 PAGE = "ipam-plugin-web.service"  # put, and started by nobody but the operator
+MANUAL = "ipam-plugin.8"  # no file of the package: made of what the commands say of themselves
 
 # In the order in which they are put; taken back in the other.
 _FILES = {
@@ -42,6 +43,10 @@ _FILES = {
     "/etc/systemd/system/ipam-plugin.socket": "ipam-plugin.socket",
     "/etc/systemd/system/ipam-plugin.service": "ipam-plugin.service",
     f"/etc/systemd/system/{PAGE}": PAGE,
+    "/usr/local/share/bash-completion/completions/ipam-plugin": "completion.bash",
+    "/usr/local/share/zsh/site-functions/_ipam-plugin": "completion.zsh",
+    "/usr/local/share/fish/vendor_completions.d/ipam-plugin.fish": "completion.fish",
+    "/usr/local/share/man/man8/ipam-plugin.8": MANUAL,
 }
 _COMMAND_PATH = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
 # ProtectHome= in the unit makes these empty for the service, whatever their modes are.
@@ -60,8 +65,9 @@ class Manifest(msgspec.Struct, kw_only=True):
     docker: bool = False
 
 
-def install(root: str = "/", executable: str | None = None, start: bool = True) -> list[str]:
-    """Puts spec, example configuration, units, user and command in place; says in lines what it did.
+def install(root: str = "/", executable: str | None = None, start: bool = True, manual: str | None = None) -> list[str]:
+    """Puts spec, example configuration, units, user, command, completions and `manual` (the page, None: none) in place;
+    says in lines what it did.
 
     A file that is there and not ours, or that the operator changed, is left and named. Run again, it
     changes nothing; run by a newer version, it replaces what is unchanged. `root` is the root directory of
@@ -72,7 +78,7 @@ def install(root: str = "/", executable: str | None = None, start: bool = True) 
     if os.geteuid() != 0:
         raise Refused("install writes to /etc, /usr/local and /var/lib, and only root may; try sudo")
     _check_executable(command, try_it=target.live)
-    return list(_install(target, command, start))
+    return list(_install(target, command, start, manual))
 
 
 def uninstall(root: str = "/", give_back: Callable[[], Iterable[str]] = tuple) -> list[str]:
@@ -194,7 +200,7 @@ class _Root:
             _write(path, data + b"\n", 0o644)
 
 
-def _install(target: _Root, command: str, start: bool) -> Iterator[str]:
+def _install(target: _Root, command: str, start: bool, manual: str | None) -> Iterator[str]:
     manifest = target.read_manifest()
     changed = False
     try:
@@ -215,7 +221,9 @@ def _install(target: _Root, command: str, start: bool) -> Iterator[str]:
             )
         _make_state_dir(target, manifest)
         for path, asset in _FILES.items():
-            data = _asset(asset, command)
+            if asset == MANUAL and manual is None:
+                continue
+            data = manual.encode() if asset == MANUAL and manual is not None else _asset(asset, command)
             state = _state(target, manifest, path, hashlib.sha256(data).hexdigest())
             if state == "same":
                 continue

@@ -32,6 +32,7 @@ from ipam_plugin.model import (
     encode,
     read_lease,
     remembered,
+    rewritten,
     rfc3339,
 )
 from ipam_plugin.view import Entry, Full, Settings, View
@@ -150,8 +151,19 @@ class Ledger:
                 assert isinstance(decision, Lease)
                 revision = current.revision if current else 0
                 ended = ended_by(lease, decision, found.get(past_key), why)
+                # The same grant, changed by a newer program too, perhaps; a new one begins anew.
+                before = current.value if current and lease and lease.token == decision.token else b""
                 commit = self.grant(
-                    claim, decision, revision, settings, deadline, unchanged, purpose, abandon=abandon, ended=ended
+                    claim,
+                    decision,
+                    revision,
+                    settings,
+                    deadline,
+                    unchanged,
+                    purpose,
+                    abandon=abandon,
+                    ended=ended,
+                    before=before,
                 )
                 if commit.applied:
                     return True
@@ -198,11 +210,13 @@ class Ledger:
         purpose: str = "grant",
         abandon: bool = True,
         ended: Ended | None = None,
+        before: bytes = b"",
     ) -> Commit:
         """One transaction: the lease as it was read, and the segment's settings as they were read.
 
         `abandon`: where its outcome is not known nobody has it, so it goes when it appears. `ended`: who had the
-        address until now, and stands in its history from now on. Raises EtcdRestored while nothing is given: what is
+        address until now, and stands in its history from now on. `before`: the value of this very lease that is
+        changed, of which what this version does not know is kept. Raises EtcdRestored while nothing is given: what is
         only written again, because somebody has it (WRITTEN_AGAIN), always may be.
         """
         key = self._keys.lease(claim.pool.segment, claim.address)
@@ -224,7 +238,7 @@ class Ledger:
             lease.kind == ENDPOINT or bool(lease.holders and not lease.interface)
         )
         try:
-            commit = self.write(purpose, expect, [*history, Put(key, encode(lease))], deadline, proof=key)
+            commit = self.write(purpose, expect, [*history, Put(key, rewritten(lease, before))], deadline, proof=key)
         except OutcomeUnknown:
             if may_be_orphan and abandon:
                 self.abandon(key, claim)
@@ -457,7 +471,13 @@ class Ledger:
             if found is None or lease is None or lease.token != entry.token:
                 return True
             rest = decisions.without_orphan(lease, abandoned.claim)
-            write = Delete(key) if rest is FREE else Put(key, encode(rest)) if isinstance(rest, Lease) else None
+            write = (
+                Delete(key)
+                if rest is FREE
+                else Put(key, rewritten(rest, found.value))
+                if isinstance(rest, Lease)
+                else None
+            )
             if write and not self.write("orphan", {key: found.revision}, [write], time.monotonic() + 5).applied:
                 return False
             if rest is not FREE:

@@ -11,7 +11,7 @@ import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 
@@ -572,12 +572,37 @@ def parse_time(text: str) -> float | None:
     return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
 
 
+class Schema(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Which version of the layout below the prefix stands in etcd (schema.py)."""
+
+    version: Annotated[int, msgspec.Meta(ge=1)]
+    written_by: str = ""  # the version of the program
+    since: str = ""
+
+
 _encoder = msgspec.json.Encoder()
+_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 T = TypeVar("T", bound=msgspec.Struct)
 
 
 def encode(value: msgspec.Struct) -> bytes:
     return _encoder.encode(value)
+
+
+def rewritten(value: msgspec.Struct, before: bytes) -> bytes:
+    """A changed value, with what `before` says beyond the fields that this version knows.
+
+    A newer program on another host may have written it, and needs it again. Not for a value that begins anew (another
+    holder of an address): what is not known belongs to the one before.
+    """
+    try:
+        fields = _fields.decode(before)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return encode(value)
+    unknown = {name: raw for name, raw in fields.items() if name not in value.__struct_fields__}
+    if not unknown:
+        return encode(value)
+    return _encoder.encode({**_fields.decode(encode(value)), **unknown})
 
 
 def decode(value: bytes, kind: type[T]) -> T:
@@ -601,7 +626,7 @@ def readable(*kinds: type) -> None:
     _decoders.update((kind, msgspec.json.Decoder(kind)) for kind in kinds)
 
 
-readable(Lease, SegmentSettings, Host, Alive, Restored, Order, Part, Lost, PoolUse, History)
+readable(Lease, SegmentSettings, Host, Alive, Restored, Order, Part, Lost, PoolUse, History, Schema)
 
 
 def read_lease(value: bytes) -> Lease:
@@ -638,12 +663,15 @@ class Keys:
     wanted: str = field(init=False)
     retiring: str = field(init=False)
     gone: str = field(init=False)
-    restored: str = field(init=False)  # the one key that is no folder
+    # These two are keys, no folders.
+    restored: str = field(init=False)
+    schema: str = field(init=False)
 
     def __post_init__(self) -> None:
         for name in PARTS:
             object.__setattr__(self, name, f"{self.prefix}{name}/")
-        object.__setattr__(self, "restored", f"{self.prefix}restored")
+        for name in ("restored", "schema"):
+            object.__setattr__(self, name, f"{self.prefix}{name}")
 
     def lease(self, segment: str, address: Address) -> str:
         return f"{self.leases}{segment}/{address}"

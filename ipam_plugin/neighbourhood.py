@@ -128,6 +128,10 @@ class Neighbourhood:
             wires = list(self._wires.values())
         return {wire.mac for wire in wires} - {""}
 
+    def carried(self, deadline: float) -> set[Address]:
+        """The addresses on this host's interfaces. Raises OSError."""
+        return {each.address for each in self._interfaces.addresses(deadline)}
+
     def is_asked(self, pool: Pool) -> bool:
         """Whether the wire is asked for this pool's addresses at all."""
         return self.habits(pool).probe != "off"

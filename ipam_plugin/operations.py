@@ -47,6 +47,7 @@ from ipam_plugin.model import (
     encode,
     read_lease,
     remembered,
+    rewritten,
     rfc3339,
     segment_and_taken,
 )
@@ -354,12 +355,12 @@ class Operations:
         writes: list[Put | Delete] = []
         value = repair.value
         fresh = secrets.token_urlsafe(12)
-        if isinstance(value, PoolUse):
-            writes.append(Put(repair.key, encode(msgspec.structs.replace(value, token=fresh))))
-        elif value is not None:
-            # What is changed keeps its token, which a release compares.
-            named = {"change": fresh} if value.token else {"token": fresh}
-            writes.append(Put(repair.key, encode(msgspec.structs.replace(value, **named))))
+        if value is not None:
+            # A lease that is changed keeps its token, which a release compares.
+            named = {"change": fresh} if isinstance(value, Lease) and value.token else {"token": fresh}
+            there = self._etcd.get_many([repair.key], deadline=_deadline())[0][repair.key]
+            changed = rewritten(msgspec.structs.replace(value, **named), there.value if there else b"")
+            writes.append(Put(repair.key, changed))
         else:
             writes.append(Delete(repair.key))
         after = value if isinstance(value, Lease) else None

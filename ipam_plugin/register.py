@@ -41,9 +41,9 @@ from ipam_plugin.model import (
     Pool,
     PoolUse,
     decode,
-    encode,
     looks_hostile,
     read_lease,
+    rewritten,
 )
 from ipam_plugin.neighbourhood import Verdict
 from ipam_plugin.outage import Outage
@@ -157,9 +157,8 @@ class Register:
                 return
             if use is not None and use.count > 1:
                 fewer = msgspec.structs.replace(use, count=use.count - 1, token=secrets.token_urlsafe(12))
-                if self._ledger.write(
-                    "pool", {key: found.revision}, [Put(key, encode(fewer))], deadline, proof=key
-                ).applied:
+                writes = [Put(key, rewritten(fewer, found.value))]
+                if self._ledger.write("pool", {key: found.revision}, writes, deadline, proof=key).applied:
                     return
                 continue
             unchanged = {key: found.revision}  # or else another network has come, and holds what would be dropped
@@ -180,9 +179,10 @@ class Register:
         if (use.token if use is not None else "" if found is None else None) != token:
             return False
         unchanged = {key: found.revision if found else 0}
-        if use is not None and networks:
+        if found is not None and use is not None and networks:
             counted = msgspec.structs.replace(use, count=networks, token=secrets.token_urlsafe(12))
-            return self._ledger.write("pool", unchanged, [Put(key, encode(counted))], deadline, proof=key).applied
+            writes = [Put(key, rewritten(counted, found.value))]
+            return self._ledger.write("pool", unchanged, writes, deadline, proof=key).applied
         if networks:
             return False
         with self._claims.closed(pool, deadline):
@@ -535,7 +535,8 @@ class Register:
             if found is not None and use is None:
                 raise Refused(f"the etcd key {key} cannot be read and is not overwritten: delete it, then try again")
             counted = msgspec.structs.replace(use, count=use.count + 1) if use else fresh
-            value = encode(msgspec.structs.replace(counted, token=secrets.token_urlsafe(12)))
+            counted = msgspec.structs.replace(counted, token=secrets.token_urlsafe(12))
+            value = rewritten(counted, found.value if found else b"")
             commit = self._ledger.write(
                 "pool", {key: found.revision if found else 0}, [Put(key, value)], deadline, proof=key
             )

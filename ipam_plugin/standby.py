@@ -2,7 +2,8 @@
 
 It fills the stock of standby addresses (claims.py), keeps it fresh and gives it back where the pool is short; it
 listens to the wires, for strangers and for machines that use somebody's address; it asks again for the strangers of
-old conflicts; and it tells the LAN when an address has changed its container.
+old conflicts, and for addresses that this host itself had; and it tells the LAN when an address has changed its
+container.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ OWN_LEASES_AGAIN = 600.0  # seconds until the wire is asked again who uses this 
 ASKED_A_SECOND = 50  # of these
 LATER_AT_MOST = 0.1  # of the probation: how much later than another host one asks
 PROBATIONS_AGAIN = 600.0  # seconds until a conflict is tried again whose wire could not be heard
+LOST_FOR = 600.0  # seconds for which no interface carried an own address, until the wire is asked for it
 SKIPPED_FOR = 300.0  # seconds for which an address is left alone because somebody was heard to use it
 REMEMBERED = 4096  # of each thing, whatever the LAN sends
 CHECKS_WAITING = 64
@@ -131,6 +133,7 @@ class Keeper:
         self._told = Recently(TOLD_FOR, 4 * REMEMBERED)
         self._alarmed = Recently(ALARMS_APART)
         self._conflicts: dict[tuple[str, Address, int], float] = {}  # with its revision -> when it is due, monotonic
+        self._lost: dict[tuple[str, Address], float] = {}  # own addresses -> when to ask for them, monotonic seconds
         self._listened = -math.inf  # monotonic seconds
         self._deaf_since: dict[str, float] = {}  # PoolID -> since when no interface carries it, monotonic seconds
         self._welcomed = -math.inf  # monotonic seconds
@@ -159,6 +162,7 @@ class Keeper:
                 self._neighbourhood.listen(pools)
                 self._pools = pools
                 self._tell_of_missing_interfaces(pools)
+                self._look_for_lost_addresses()
             for pool in pools:
                 self._tend(pool)
             if not self._claims.etcd_is_away:
@@ -167,6 +171,7 @@ class Keeper:
                         self._give_back(slot)
                 self._adopt()
                 self._end_probations()
+                self._end_lost_addresses()
             self._view.wake_rested()
             if self._welcomed + PERIOD <= time.monotonic():
                 self._welcomed = time.monotonic()
@@ -519,6 +524,45 @@ class Keeper:
                 self._conflicts[known] = time.monotonic() + left
             return
         self._claims.end_probation(pool, address, lease.token, time.monotonic() + PATIENCE)
+
+    # ------------------------------------------------------------------------- addresses this host had
+
+    def _look_for_lost_addresses(self) -> None:
+        """A daemon that has just started does not know since when: it counts from now."""
+        now = time.monotonic()
+        try:
+            carried = self._neighbourhood.carried(now + PAUSE)
+        except OSError as error:
+            return log.info("which addresses this host carries is not known: %s", error)
+        lost = [each for each in self._view.own_addresses(self._host) if each[1] not in carried]
+        self._lost = {each: self._lost.get(each, now + LOST_FOR) for each in lost}
+
+    def _end_lost_addresses(self) -> None:
+        now = time.monotonic()
+        for (segment, address), due in list(self._lost.items()):
+            entry = self._view.entry(segment, address)
+            if due > now or entry is None:
+                continue
+            self._lost[segment, address] = now + LOST_FOR
+            pool = self._pool_around(segment, address)
+            if pool is not None:
+                work = functools.partial(self._end_lost_address, pool, address, entry.token)
+                self._later(segment, address, work, self._probations)
+
+    def _end_lost_address(self, pool: Pool, address: Address, token: str) -> None:
+        self._claims.end_own_address(pool, address, token, time.monotonic() + PATIENCE)
+
+    def _pool_around(self, segment: str, address: Address) -> Pool | None:
+        """Where the wire is asked for it: a pool of this host's, or of another one that has a network there."""
+        others = [Pool(segment, subnet) for subnet in self._view.subnets().get(segment, ())]
+        return next(
+            (
+                each
+                for each in (*self._pools, *others)
+                if each.segment == segment and address in each.subnet and self._neighbourhood.is_asked(each)
+            ),
+            None,
+        )
 
     # ------------------------------------------------------------------------------------ newcomers
 

@@ -579,6 +579,15 @@ def test_only_the_address_of_a_removed_bridge_is_lost(lease: Lease, claim: Claim
     assert freed == (lease.kind == HOST and lease.host == ME and bool(lease.pool) and not lease.holders)
 
 
+@given(any_lease, claims, st.sampled_from(("", "old-token", "t", "new-token")), flags)
+def test_an_own_address_that_is_gone(lease: Lease, claim: Claim, token: str, carried: bool) -> None:
+    """P3: exactly the lease that was looked at, this host's own, unused by any network, on no interface now."""
+    freed = decisions.end_own_address(lease, claim, token, carried) is FREE
+    mine = lease.kind == HOST and lease.host == ME and lease.token == token != ""
+    assert freed == (mine and not lease.holders and not carried)
+    assert decisions.end_own_address(None, claim, token, carried) is KEEP
+
+
 def test_a_renamed_host_takes_its_own_address_along() -> None:
     """P3: the lease of another name with the MAC of this very interface is this host's; with holders it is not."""
     lease = Lease(HOST, "before", mac=CARRIER.mac, interface="br0", token="t")

@@ -92,6 +92,23 @@ def test_install_puts_everything_in_place(system: Path) -> None:
     )
 
 
+def test_the_manual_and_the_completions_are_put_too(system: Path) -> None:
+    """Where man and the shells look; the page is that of the version which installs."""
+    before = tree(system)
+    page = system / "usr/local/share/man/man8/ipam-plugin.8"
+    for text in (".TH ONE 8\n", ".TH TWO 8\n"):
+        installing.install(str(system), EXECUTABLE, manual=text)
+        assert page.read_text() == text
+    for path, begin in (
+        ("bash-completion/completions/ipam-plugin", "_ipam_plugin_completion() {"),
+        ("zsh/site-functions/_ipam-plugin", "#compdef ipam-plugin\n"),
+        ("fish/vendor_completions.d/ipam-plugin.fish", "function _ipam_plugin_completion;"),
+    ):
+        assert (system / "usr/local/share" / path).read_text().startswith(begin)
+    installing.uninstall(str(system))
+    assert tree(system) == before
+
+
 def test_uninstall_takes_back_exactly_that(system: Path) -> None:
     """After it the system is byte for byte as before."""
     before = tree(system)
@@ -417,7 +434,7 @@ def test_the_package_and_the_top_level_have_the_same_files() -> None:
 def test_everything_that_is_put_is_shipped() -> None:
     """An installed package has what `ipam-plugin install` needs: each file is there, and the build takes it along."""
     shipped = {path.name for path in (TOP / "ipam_plugin/assets").iterdir()}
-    assert shipped == set(installing._FILES.values())
+    assert shipped | {installing.MANUAL} == set(installing._FILES.values())
     settings = tomllib.loads((TOP / "pyproject.toml").read_text())
     assert "assets/*" in settings["tool"]["setuptools"]["package-data"]["ipam_plugin"]
 

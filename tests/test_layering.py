@@ -35,6 +35,8 @@ ALLOWED = {
     "metrics": {"addresses"},
     "embedded_etcd": {"errors"},
     "install": {"errors"},
+    "manual": set(),
+    "schema": {"errors", "etcd", "model"},
     "ledger": {"addresses", "decisions", "errors", "etcd", "model", "view"},
     "neighbourhood": {"addresses", "errors", "interfaces", "model", "view", "wire"},
     "journal": {"addresses", "errors", "model"},
@@ -65,12 +67,12 @@ ALLOWED = {
     "daemon": {
         "addresses", "app", "claims", "config", "dockerd", "embedded_etcd", "errors", "etcd", "holds", "host",
         "interfaces", "journal", "ledger", "metrics", "model", "neighbourhood", "outage", "reconcile", "register",
-        "restoration", "retire", "standby", "vendors", "view", "wire",
+        "restoration", "retire", "schema", "standby", "vendors", "view", "wire",
     },
     "web": {"addresses", "board", "errors", "etcd", "model"},
     "cli": {
         "addresses", "adopt", "check", "config", "daemon", "dockerd", "doctor", "errors", "etcd", "evidence", "examine",
-        "explain", "host", "install", "journal", "model", "operations", "scan", "vendors", "web",
+        "explain", "host", "install", "journal", "manual", "model", "operations", "scan", "schema", "vendors", "web",
     },
 }  # fmt: skip
 
@@ -87,7 +89,7 @@ OWNERS = {
     "werkzeug": {"app", "web"},
     "gunicorn": {"daemon", "web"},
     "prometheus_client": {"metrics"},
-    "click": {"cli"},
+    "click": {"cli", "manual"},
     "rich": {"cli"},
     "msgspec": {
         "app",
@@ -125,6 +127,7 @@ PURE = {
     "adopt": {"collections", "shlex", "typing"},
     "board": {"collections", "heapq", "typing"},
     "doctor": {"collections", "shlex", "typing"},
+    "manual": {"collections", "re"},
 }
 CLOCKS = {"now", "utcnow", "today", "time", "monotonic"}
 

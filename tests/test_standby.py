@@ -959,6 +959,114 @@ def test_a_conflict_that_is_new_again_is_not_freed(lan: Lan, a: Host, wire: Fake
     assert the_lease(lan, "192.168.1.66") == fresh
 
 
+# ---------------------------------------------------------------------- addresses this host had
+
+
+@pytest.fixture
+def moved(lan: Lan, a: Host, wire: FakeLan, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Host a gets another address at its bridge, and its keeper notices at once; the time is shortened."""
+    monkeypatch.setattr(standby, "LOST_FOR", 0.3)
+    kept(lan, a)
+
+    def move() -> None:
+        a.carried[:] = [bridge("192.168.1.12/24")]
+        a.keeper.interfaces_changed()
+        a.register.register_own_addresses(time.monotonic() + PATIENCE)
+
+    assert the_lease(lan, OWN).kind == HOST
+    return move
+
+
+OWN = "192.168.1.11"
+
+
+def asked_for_own(wire: FakeLan, times: int = 1) -> bool:
+    return wire.probed.count(parse_address(OWN)) >= times
+
+
+def test_an_own_address_that_is_gone_is_free_after_its_time(
+    lan: Lan, a: Host, wire: FakeLan, moved: Callable[[], None]
+) -> None:
+    """Section 4, kind host: 10 minutes after the interface lost it, if silent; the history says why."""
+    rounds(a)
+    assert not asked_for_own(wire)
+    began = time.monotonic()
+    moved()
+    until(lambda: lan.lease(OWN) is None)
+    assert time.monotonic() - began >= 0.3
+    assert asked_for_own(wire)
+    past = decode(lan.keys()[KEYS.past("default", parse_address(OWN))], History).past[0]
+    assert (past.kind, past.host, past.why) == (HOST, "a", "no interface carries it any more, and it is silent")
+    assert the_lease(lan, "192.168.1.12").kind == HOST
+
+
+def test_a_daemon_that_starts_waits_as_long_again(lan: Lan, wire: FakeLan) -> None:
+    """Since when the address is gone it does not know, so for now nothing is asked."""
+    lan.put(lease_key(OWN), encode(Lease(HOST, "a", mac=MAC, interface="br0", token="old")))
+    host = lan.host("a", bridge("192.168.1.12/24"), habits=Habits(standby=2), wire=wire)
+    kept(lan, host)
+    rounds(host)
+    assert host.keeper._lost.keys() == {("default", parse_address(OWN))}
+    assert not asked_for_own(wire)
+    assert lan.lease(OWN) is not None
+
+
+@pytest.mark.parametrize("trouble", ["dead", "failed", "proxy", "machines"])
+def test_an_own_address_that_is_not_known_to_be_silent_stays(
+    lan: Lan, a: Host, wire: FakeLan, moved: Callable[[], None], trouble: str
+) -> None:
+    """Somebody has it by now, or the look proves nothing: it stays, and is asked for again."""
+    lease = the_lease(lan, OWN)
+    setattr(wire, trouble, {OWN: PRINTER} if trouble == "machines" else "00:99:99:99:99:99")
+    moved()
+    until(lambda: asked_for_own(wire, 2))
+    assert the_lease(lan, OWN) == lease
+
+
+def test_an_own_address_that_is_back_in_the_last_moment_stays(
+    lan: Lan, a: Host, wire: FakeLan, moved: Callable[[], None]
+) -> None:
+    """The interface gets it again while the wire is asked."""
+    lease = the_lease(lan, OWN)
+
+    def back(address: Address) -> None:
+        if str(address) == OWN:
+            a.carried.append(bridge(f"{OWN}/24"))
+
+    wire.before_answer = back
+    moved()
+    until(lambda: asked_for_own(wire))
+    rounds(a)
+    assert the_lease(lan, OWN) == lease
+
+
+def test_an_own_address_of_another_grant_stays(lan: Lan, a: Host, wire: FakeLan, moved: Callable[[], None]) -> None:
+    """The fence is the token that was known before the wire was asked."""
+    fresh = Lease(HOST, "a", mac=MAC, interface="br0", token="new")
+
+    def meanwhile(address: Address) -> None:
+        if str(address) == OWN:
+            wire.before_answer = lambda address: None
+            lan.put(lease_key(OWN), encode(fresh))
+
+    wire.before_answer = meanwhile
+    moved()
+    until(lambda: asked_for_own(wire))
+    rounds(a)
+    assert the_lease(lan, OWN) == fresh
+
+
+def test_what_another_host_carries_is_not_asked_for(
+    lan: Lan, a: Host, wire: FakeLan, moved: Callable[[], None]
+) -> None:
+    """Only its own host knows that an address is gone."""
+    lan.put(lease_key("192.168.1.13"), encode(Lease(HOST, "b", mac="02:bb:00:00:00:0b", token="b")))
+    moved()
+    until(lambda: lan.lease(OWN) is None)
+    assert parse_address("192.168.1.13") not in wire.probed
+    assert lan.lease("192.168.1.13") is not None
+
+
 # ------------------------------------------------------------------------------------- newcomers
 
 
