@@ -384,6 +384,14 @@ class _Comparison:
                 "ipam-plugin check --repair writes down the container that has it",
                 Repair(held.key, held.revision, now, lease.token),
             )  # fmt: skip
+        elif decisions.is_kept_for(lease, self._host):
+            yield Difference(
+                segment, str(address), "wrong_lease",
+                f"{who} has {address}, and in the register it is only kept for it: {lease.told()}",
+                "it was started while etcd was away, or etcd was restored, and the daemon has not written it yet",
+                "let the daemon run, or: ipam-plugin check --repair makes it the container's lease",
+                Repair(held.key, held.revision, fresh, lease.token, ended=lease),
+            )  # fmt: skip
         elif lease.kind == CONFLICT and lease.mac and lease.mac.lower() == attached.mac:
             yield Difference(
                 segment, str(address), "wrong_lease",

@@ -634,8 +634,9 @@ def socket(facts: Facts) -> Iterator[Line]:
     elif not there.serves:
         yield Line(
             "not_serving", FOUND, f"the daemon answers, and refuses every request: {there.refusal}",
-            "it has not reached etcd since its start, or another machine has this host's name",
-            "what is wrong with etcd and with the name of this host, above; else journalctl -u ipam-plugin",
+            "as it says itself: etcd, this host's name, the version of the register, or etcd has just been restored",
+            "what it says, and what is wrong with etcd and with the name of this host, above; else journalctl -u"
+            " ipam-plugin",
         )  # fmt: skip
     elif not there.inode.mode & 0o077:
         yield Line("socket", OK, f"{there.inode.path} answers, and is its owner's alone")
@@ -684,7 +685,8 @@ def networks(facts: Facts) -> Iterator[Line]:
                 "other_driver", FOUND, f"network {each.name} has its addresses from IPAM driver {each.ipam}, and lies"
                 f" in {', '.join(sorted(overlapping))}",
                 "it was made without --ipam-driver ipam-plugin, and gives out addresses that others have",
-                f"remove its containers; docker network rm {each.name}; make it again with --ipam-driver {DRIVER}",
+                f"ipam-plugin adopt {each.name} says how it is switched over without a change of addresses; or remove"
+                f" its containers; docker network rm {each.name}; make it again with --ipam-driver {DRIVER}",
             )  # fmt: skip
     if not ours:
         yield Line("networks", NOT_CHECKED, f"Docker's networks: none has the driver {DRIVER} yet")

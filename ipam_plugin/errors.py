@@ -49,6 +49,10 @@ class EtcdRefused(IpamError):
     """etcd answered with a definite refusal (rights, credentials, size, quota); nothing was written."""
 
 
+class SchemaRefused(EtcdRefused):
+    """The register is one that this version does not understand, so nothing is written; the cure is in the text."""
+
+
 class ProbeFailed(IpamError):
     """Whether the wire uses an address could not be found out (rights, interface); policy decides what follows."""
 

@@ -20,7 +20,7 @@ from ipam_plugin.addresses import Address, Network, Range, address_of, parse_add
 from ipam_plugin.adopt import Write
 from ipam_plugin.check import Found as FoundLease
 from ipam_plugin.check import PoolKey, Register, Repair
-from ipam_plugin.errors import AddressTaken, EtcdRefused, Refused
+from ipam_plugin.errors import AddressTaken, EtcdRefused, Refused, SchemaRefused
 from ipam_plugin.etcd import Commit, Delete, KeyValue, Put
 from ipam_plugin.explain import Facts, Local, carries, forbidding
 from ipam_plugin.model import (
@@ -333,7 +333,7 @@ class Operations:
         """Whether this user of etcd may read and write each part of the register: '', or etcd's refusal.
 
         Nothing is written: etcd looks at the rights of a transaction as a whole, and this one asks for a revision that
-        no key has. Raises EtcdUnavailable.
+        no key has. Raises EtcdUnavailable, and SchemaRefused.
         """
         found = {}
         for name in PARTS:
@@ -343,6 +343,8 @@ class Operations:
                 nobody, other = f"{prefix}doctor/put", f"{prefix}doctor/delete"
                 self._etcd.commit({nobody: -1}, [Put(nobody, b""), Delete(other)], deadline=_deadline())
                 found[name] = ""
+            except SchemaRefused:
+                raise  # it says nothing about the rights
             except EtcdRefused as error:
                 found[name] = str(error)
         return found
@@ -397,8 +399,11 @@ class Operations:
         address = address_of(what.version, what.first)
         lease = Lease(kind=RESERVED, note=note, by=self._who, since=_now(), token=secrets.token_urlsafe(12))
         for found in self._attempts(segment, address):
-            if found is not None and found.lease.kind not in (RESERVED, CONFLICT):
-                raise AddressTaken(f"{address} in segment {segment} is taken: {found.lease.told()}")
+            there = found.lease if found is not None else None
+            adopted = there is not None and there.kind == RESERVED and bool(there.host)  # for a container
+            if there is not None and (adopted or there.kind not in (RESERVED, CONFLICT)):
+                cure = f"; first: ipam-plugin unreserve {address}" if adopted else ""
+                raise AddressTaken(f"{address} in segment {segment} is taken: {there.told()}{cure}")
             if self._replace(segment, address, found, lease):
                 break
         return []

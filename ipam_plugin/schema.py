@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from ipam_plugin import __version__
-from ipam_plugin.errors import EtcdRefused, IpamError
+from ipam_plugin.errors import IpamError, SchemaRefused
 from ipam_plugin.etcd import Commit, Delete, KeyValue, Put
 from ipam_plugin.model import Keys, Schema, decode, encode, rfc3339
 
@@ -55,8 +55,8 @@ def judge(key: str, value: bytes | None) -> str:
 
 
 class Guarded:
-    """etcd as a client for programs that write: `commit` raises EtcdRefused, and writes nothing, where the register is
-    none that this program understands. Reads go on; `warn` is told once why what was read may not be all.
+    """etcd as a client for programs that write: `commit` raises SchemaRefused, and writes nothing, where the register
+    is none that this program understands. Reads go on; `warn` is told once why what was read may not be all.
     """
 
     def __init__(self, etcd: Client, keys: Keys, warn: Callable[[str], None] | None = None) -> None:
@@ -86,7 +86,7 @@ class Guarded:
             self._learn(self._etcd.get(self._key, deadline=deadline))
         while True:
             if self._problem:
-                raise EtcdRefused(self._problem)
+                raise SchemaRefused(self._problem)
             known = self._known.revision if self._known else 0
             commit = self._etcd.commit({**expect, self._key: known}, writes, deadline=deadline, proof=proof)
             if commit.applied:

@@ -173,10 +173,15 @@ def test_no_lease() -> None:
         (Lease(STANDBY, "b", token="x"), False),
         (Lease(CONFLICT, mac=STRANGER, token="x"), False),
         (Lease(CONFLICT, mac=mac_of(A), token="x"), True),
+        (Lease(RESERVED, "a", note="adopted", token="x"), True),
+        (Lease(RESERVED, "b", note="adopted", token="x"), False),
+        (Lease(HELD, "a", token="x"), True),
+        (Lease(HELD, "b", token="x"), False),
     ],
 )
 def test_a_lease_of_another(lease: Lease, mended: bool) -> None:
-    """Nobody else's lease is overwritten; a conflict that is this very container becomes its lease."""
+    """Nobody else's lease is overwritten; a conflict that is this very container becomes its lease, and so does what is
+    only kept for it by this host (a backup that is older than its start)."""
     some = [each for each in compare(world([found(A, lease)], [attached(A)]), KEYS) if each.kind == "wrong_lease"]
     assert [each.address for each in some] == [A]
     assert (some[0].repair is not None) == mended

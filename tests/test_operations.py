@@ -336,6 +336,20 @@ def test_reserve_where_a_stranger_was_found(run: Run, lan: Lan) -> None:
     assert (lease.kind, lease.note, lease.by.partition("@")[0]) == ("reserved", "printer", "eve")
 
 
+def test_reserve_what_is_kept_for_a_container(run: Run, lan: Lan) -> None:
+    """What `adopt` wrote would be lost to its container in the middle of the switch."""
+    key = f"{KEYS.leases}default/192.168.1.140"
+    lan.put(key, '{"kind":"reserved","host":"a","container":{"name":"web"},"by":"eve","token":"x"}')
+    before = lan.keys()
+    told = run("reserve", "192.168.1.140", "--note", "printer")
+    assert told.status == 1
+    assert "web" in told.err
+    assert "ipam-plugin unreserve 192.168.1.140" in told.err
+    assert lan.keys() == before
+    assert run("unreserve", "192.168.1.140").status == 0
+    assert run("reserve", "192.168.1.140").status == 0
+
+
 def test_reserve_what_is_taken(run: Run, lan: Lan, a: Host) -> None:
     """Refused with the holder named, status 1, nothing changed."""
     address = a.endpoint(a.create(), **{NAME: "web"}).ok["Address"].partition("/")[0]

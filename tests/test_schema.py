@@ -21,9 +21,10 @@ from harness import KEYS as HARNESS
 from harness import Lan, bridge
 from ipam_plugin import __version__
 from ipam_plugin.addresses import parse_address
-from ipam_plugin.errors import EtcdRefused, EtcdUnavailable, OutcomeUnknown
+from ipam_plugin.errors import EtcdRefused, EtcdUnavailable, OutcomeUnknown, SchemaRefused
 from ipam_plugin.etcd import Put
 from ipam_plugin.model import Keys, Lease, PoolUse, Schema, decode, encode, rewritten
+from ipam_plugin.operations import Operations
 from ipam_plugin.schema import VERSION, Guarded, judge
 
 KEYS = Keys("/p/")
@@ -203,6 +204,13 @@ def test_faults_of_etcd_come_through_as_they_are(etcd_: Etcd) -> None:
         with pytest.raises(error):
             guarded.commit({KEY: 0}, [Put(KEY, b"1")], deadline=soon(), proof=KEY)
     assert guarded.commit({KEY: 0}, [Put(KEY, b"1")], deadline=soon(), proof=KEY).applied  # proven by its value
+
+
+def test_the_rights_are_not_told_by_it(etcd_: Etcd) -> None:
+    """doctor asks for them: a register that is too new says nothing about the user's role."""
+    etcd_.put(KEYS.schema, NEWER)
+    with pytest.raises(SchemaRefused, match="schema version 2"):
+        Operations(Guarded(etcd_, KEYS), KEYS, who="eve").rights()
 
 
 def test_who_reads_is_warned_once(etcd_: Etcd) -> None:
