@@ -36,7 +36,7 @@ LEFT = 0.5  # seconds of its deadline that a request keeps for what follows
 TICK = 0.25  # seconds between two steps while addresses are kept back
 PERIOD = 60.0  # seconds between two notes of how far etcd is
 PATIENCE = 5.0  # seconds for one question or write
-FILE = "etcd"  # in state_dir
+FILE = "etcd-seen"  # in state_dir, where `etcd` is the embedded one's data
 
 
 class State(Protocol):

@@ -180,11 +180,11 @@ def test_a_daemon_that_was_down_at_the_time_notices_when_it_starts() -> None:
     with Lan() as lan:
         a, pool = host(lan, "a", 11, state=state)
         a.guard()
-        until(lambda: "etcd" in state, "how far etcd was is kept")
+        until(lambda: "etcd-seen" in state, "how far etcd was is kept")
         backup = lan.etcd.snapshot()
         runs(lan, a, pool)
         revision = lan.etcd.snapshot().revision
-        until(lambda: f" {revision}" in state["etcd"], "the last revision is kept")
+        until(lambda: f" {revision}" in state["etcd-seen"], "the last revision is kept")
         a.stop()
         lan.hosts.remove(a)
         lan.etcd.on_went_back = lambda *what: None
@@ -201,7 +201,7 @@ def test_after_a_boot_nothing_has_to_be_compared() -> None:
     """dockerd starts after the daemon, and asks for addresses before it can be asked what it has."""
     with Lan() as lan:
         ahead = write_seen(Seen(Position(lan.etcd.cluster_id, 1000)))
-        a, pool = host(lan, "a", 11, state={"etcd": ahead})
+        a, pool = host(lan, "a", 11, state={"etcd-seen": ahead})
         lan.etcd.latest = None
         a.guard(nothing_runs=True)
         assert a.endpoint(pool).status == 200
