@@ -728,7 +728,8 @@ class _Comparison:
                 yield Difference(
                     "", "", "unknown_host", f"{count} addresses are under the name {name}, which is no registered host",
                     "the host had another name, or its record was deleted",
-                    f"ipam-plugin leases --host {name}; ipam-plugin release ADDRESS --force for those in nobody's use",
+                    f"ipam-plugin leases --host {name}; for those in nobody's use ipam-plugin release ADDRESS --force,"
+                    " for reservations ipam-plugin unreserve ADDRESS",
                 )  # fmt: skip
                 continue
             since = f"since {host.absent}" if host.absent else "now"

@@ -15,6 +15,7 @@ import contextlib
 import functools
 import logging
 import math
+import shlex
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -352,7 +353,7 @@ class Claims:
         if container is not None and slot.kept is not None and looked.mac == slot.kept.mac:
             who = (
                 "the container itself, which still has its old network: docker network disconnect"
-                f" {container.network} {container.name}"
+                f" {shlex.quote(container.network)} {shlex.quote(container.name)}"
             )
         elif looked.verdict is Verdict.OURS:
             who = "a Docker host, or a container that has just ended"

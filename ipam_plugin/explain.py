@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import enum
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -245,8 +246,9 @@ def _of_lease(facts: Facts) -> Iterator[str]:
         yield f"{asked}if that machine is to keep it: ipam-plugin reserve {address}"
         yield f"if that machine is gone: ipam-plugin release {address}"
     elif lease.kind == RESERVED and lease.host:
-        name = lease.container.name if lease.container and lease.container.name else "CONTAINER"
-        yield f"host {lease.host} gives it to that container: docker network connect --ip {address} NETWORK {name}"
+        name = shlex.quote(lease.container.name) if lease.container and lease.container.name else "CONTAINER"
+        option = "--ip6" if address.version == 6 else "--ip"
+        yield f"host {lease.host} gives it to that container: docker network connect {option} {address} NETWORK {name}"
     elif lease.kind in (RESERVED, UNREADABLE):
         yield f"free again after: ipam-plugin unreserve {address}"
     elif lease.kind == ROUTER:

@@ -123,7 +123,7 @@ PURE = {
     "evidence": {"collections", "enum", "typing"},
     "retirement": {"collections", "typing"},
     "check": {"collections", "datetime", "typing"},
-    "explain": {"collections", "datetime", "enum", "typing"},
+    "explain": {"collections", "datetime", "enum", "shlex", "typing"},
     "adopt": {"collections", "shlex", "typing"},
     "board": {"collections", "heapq", "typing"},
     "doctor": {"collections", "shlex", "typing"},
