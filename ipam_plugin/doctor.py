@@ -57,6 +57,12 @@ class Growth(NamedTuple):
     old_kept: bool  # the changes of KEPT ago can still be read
 
 
+class Layout(NamedTuple):
+    """The layout of what stands in etcd."""
+
+    problem: str  # why this version does not understand it, with the cure after the last colon; ''
+
+
 class Peer(NamedTuple):
     """A host of the register."""
 
@@ -166,6 +172,7 @@ class Facts(NamedTuple):
     members: Mapping[str, Member | str]
     unread: str  # why nothing can be read though members answer, ''
     growth: Growth | str
+    layout: Layout | str
     rights: Mapping[str, str] | str  # part of the register -> '' or etcd's refusal
     peers: Sequence[Peer] | str
     pools: Sequence[Pool]  # that this host uses
@@ -185,8 +192,8 @@ class Facts(NamedTuple):
 def examine(facts: Facts) -> list[Line]:
     """Everything that was looked at, in the order in which one thing needs the other."""
     parts: tuple[Callable[[Facts], Iterable[Line]], ...] = (
-        members, clock, growth, rights, versions, names, masks, units, process, state_dir, specs, socket, engine,
-        networks, wires, filters,
+        members, clock, growth, layout, rights, versions, names, masks, units, process, state_dir, specs, socket,
+        engine, networks, wires, filters,
     )  # fmt: skip
     return [line for part in parts for line in part(facts)]
 
@@ -325,6 +332,21 @@ def _compact(facts: Facts) -> str:
 def _etcdctl(facts: Facts) -> str:
     """For a member that answers."""
     return f"etcdctl --endpoints {next(key for key, each in facts.members.items() if isinstance(each, Member))}"
+
+
+def layout(facts: Facts) -> Iterator[Line]:
+    if isinstance(facts.layout, str):
+        yield Line("schema", NOT_CHECKED, f"the version of the register: {facts.layout}")
+    elif facts.layout.problem:
+        what, _, cure = facts.layout.problem.rpartition(": ")
+        yield Line(
+            "schema_unknown", FOUND, what,
+            "another host was upgraded first, or somebody edited that key; daemon and commands of this version write"
+            " nothing",
+            cure,
+        )  # fmt: skip
+    else:
+        yield Line("schema", OK, "this version understands the register")
 
 
 def rights(facts: Facts) -> Iterator[Line]:

@@ -28,7 +28,7 @@ from ipam_plugin import __version__, doctor, interfaces, wire
 from ipam_plugin.addresses import Address, parse_address
 from ipam_plugin.config import Config, EtcdConfig
 from ipam_plugin.dockerd import DRIVER, UNKNOWN_POOL, Dockerd
-from ipam_plugin.doctor import Facts, Filter, Growth, Inode, Link, Member, Peer, Process, Socket, Spec, Unit
+from ipam_plugin.doctor import Facts, Filter, Growth, Inode, Layout, Link, Member, Peer, Process, Socket, Spec, Unit
 from ipam_plugin.errors import ConfigError, EtcdUnavailable, IpamError, ProbeFailed
 from ipam_plugin.etcd import Etcd
 from ipam_plugin.evidence import Installation
@@ -98,6 +98,7 @@ def gather(config: Config, ops: Operations, connect: Callable[[str], Etcd], *, a
         members=found,
         unread=unread,
         growth=growth,
+        layout=away or _or_why(lambda: Layout(ops.schema_problem())),
         rights=away or full or _or_why(ops.rights),
         peers=peers,
         pools=pools,

@@ -51,6 +51,7 @@ from ipam_plugin.model import (
     rfc3339,
     segment_and_taken,
 )
+from ipam_plugin.schema import judge
 
 READ_AT_ONCE = 100  # keys in one question; etcd takes 128
 PATIENCE = 10.0  # seconds for one question to etcd
@@ -328,6 +329,12 @@ class Operations:
             alive=frozenset(each.key.removeprefix(self._keys.alive) for each in self._list(self._keys.alive)),
             settings=self.segments(),
         )
+
+    def schema_problem(self) -> str:
+        """'' when this version understands what stands in etcd, else why not and what to do (schema.judge)."""
+        found, _ = self._etcd.get_many([self._keys.schema], deadline=_deadline())
+        there = found[self._keys.schema]
+        return judge(self._keys.schema, there.value if there else None)
 
     def rights(self) -> dict[str, str]:
         """Whether this user of etcd may read and write each part of the register: '', or etcd's refusal.

@@ -23,6 +23,7 @@ from ipam_plugin.doctor import (
     Filter,
     Growth,
     Inode,
+    Layout,
     Line,
     Link,
     Member,
@@ -40,6 +41,7 @@ from ipam_plugin.doctor import (
 )
 from ipam_plugin.evidence import AnyNetwork, Installation
 from ipam_plugin.model import Alive, Host, HostAddress, Pool
+from ipam_plugin.schema import judge
 from tests.lab.node import ROOT
 
 LAN = ipaddress.ip_network("192.168.77.0/24")
@@ -90,6 +92,7 @@ WELL = Facts(
     members={f"http://e{n}:2379": member() for n in (1, 2, 3)},
     unread="",
     growth=Growth((), 4711, False),
+    layout=Layout(""),
     rights=dict.fromkeys(("leases", "hosts"), ""),
     peers=[peer(1), peer(2), peer(3)],
     pools=[POOL],
@@ -147,6 +150,12 @@ FAULTS: list[tuple[str, Facts, str, str]] = [
     ("etcd_full", WELL._replace(growth=Growth(("NOSPACE", "NOSPACE"), 4711, False)), "NOSPACE", "alarm disarm"),
     ("etcd_damaged", WELL._replace(growth=Growth(("CORRUPT",), 4711, False)), "CORRUPT", "member remove"),
     ("etcd_not_compacted", WELL._replace(growth=Growth((), 99_999, True)), str(KEPT), "compact 99999"),
+    (
+        "schema_unknown",
+        WELL._replace(layout=Layout(judge("/p/schema", b'{"version":2,"written_by":"9.0.0"}'))),
+        "schema version 2, written by ipam-plugin 9.0.0",
+        "install that ipam-plugin",
+    ),
     (
         "etcd_rights",
         WELL._replace(user="ipam", rights={"leases": "", "hosts": "etcdserver: permission denied"}),
@@ -253,7 +262,7 @@ def test_a_host_in_order() -> None:
     lines = examine(WELL)
     assert {each.state for each in lines} == {OK}, [each for each in lines if each.state != OK]
     assert {each.kind for each in lines} == {
-        "etcd", "clock", "etcd_space", "etcd_growth", "etcd_rights", "versions", "names", "masks", "units",
+        "etcd", "clock", "etcd_space", "etcd_growth", "schema", "etcd_rights", "versions", "names", "masks", "units",
         "raw_sockets", "docker_socket", "state_dir", "spec", "socket", "docker", "driver", "networks", "wire",
         "bridge_filter",
     }  # fmt: skip
@@ -299,7 +308,7 @@ def test_faults_do_not_hide_each_other(one: tuple[str, Facts, str, str], other: 
 UNKNOWN: dict[str, Callable[[], Facts]] = {
     "etcd": lambda: WELL._replace(
         members=dict.fromkeys(WELL.members, "refused"),
-        **dict.fromkeys(("growth", "rights", "peers", "wires"), "etcd does not answer"),
+        **dict.fromkeys(("growth", "layout", "rights", "peers", "wires"), "etcd does not answer"),
         pools=[],
     ),
     "root": lambda: WELL._replace(process="not root", docker_socket="not root", state_dir="not root", wires="not root"),

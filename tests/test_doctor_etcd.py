@@ -32,6 +32,7 @@ ABOUT_ETCD = {
     "etcd_full",
     "etcd_not_compacted",
     "etcd_rights",
+    "schema_unknown",
     "etcd_away",
     "clock_off",
 }
@@ -139,6 +140,22 @@ def test_rights(tmp_path: Path) -> None:
             clinic.etcd.close()
             wrong = Clinic(cluster, tmp_path, username="ipam", password_file=str(password))
             assert "authentication failed" in wrong.lines()["etcd_away"].what
+        finally:
+            clinic.etcd.close()
+
+
+def test_a_newer_register(tmp_path: Path) -> None:
+    """It is that, and no lack of rights, though nothing can be written; the command that types the cure is upgraded."""
+    with EtcdCluster(1) as cluster:
+        clinic = Clinic(cluster, tmp_path)
+        try:
+            assert clinic.lines()["schema"].state == doctor.OK
+            cluster.etcdctl("put", "/ipam-plugin/v1/schema", '{"version":2,"written_by":"9.0.0"}')
+            found = clinic.found()
+            assert set(found) == {"schema_unknown"}
+            assert "version 2, written by ipam-plugin 9.0.0" in found["schema_unknown"].what
+            cluster.etcdctl("put", "/ipam-plugin/v1/schema", '{"version":1}')
+            assert clinic.found() == {}
         finally:
             clinic.etcd.close()
 

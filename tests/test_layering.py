@@ -57,7 +57,7 @@ ALLOWED = {
     "retire": {"addresses", "errors", "etcd", "ledger", "model", "neighbourhood", "retirement", "view"},
     "explain": {"addresses", "model"},
     "adopt": {"addresses", "check", "decisions", "evidence", "explain", "model"},
-    "operations": {"addresses", "adopt", "check", "decisions", "errors", "etcd", "explain", "model"},
+    "operations": {"addresses", "adopt", "check", "decisions", "errors", "etcd", "explain", "model", "schema"},
     "examine": {
         "addresses", "config", "dockerd", "doctor", "errors", "etcd", "evidence", "interfaces", "model", "operations",
         "wire",
