@@ -75,6 +75,14 @@ def parse_address(text: str) -> Address:
 _MAPPED = ipaddress.IPv6Network("::ffff:0:0/96")
 
 
+def address_or_none(text: str) -> Address | None:
+    """The same of a text that somebody else wrote: None where it is no address."""
+    try:
+        return parse_address(text)
+    except ValueError:
+        return None
+
+
 def parse_network(text: str, expected: str = "a subnet such as 192.168.1.0/24") -> Network:
     """A CIDR without host bits. Raises ValueError with a sentence.
 

@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-from ipam_plugin.addresses import Address, Network, parse_address, parse_network
+from ipam_plugin.addresses import Address, Network, address_or_none, parse_network
 from ipam_plugin.check import Found, Register
 from ipam_plugin.decisions import InterfaceAddress
 from ipam_plugin.evidence import Bearer, OtherNetwork
@@ -212,7 +212,7 @@ class _Adoption:
             if name == world.host or (host.segments and world.segment not in host.segments):
                 continue
             for own in host.addresses:
-                address = _address(own.address)
+                address = address_or_none(own.address)
                 if address is not None and address in subnet and own.prefixlen != subnet.prefixlen:
                     yield (
                         f"network {network.name} has {subnet}, and host {name} carries {own.address}/{own.prefixlen}:"
@@ -355,7 +355,7 @@ class _Adoption:
         for network in self._world.networks:
             for each in network.subnets:
                 for name, text in (*each.auxiliary.items(), ("", each.gateway)):
-                    address = _address(text)
+                    address = address_or_none(text)
                     if address is not None:
                         role = f"auxiliary address {name}" if name else "gateway"
                         found.setdefault(address, f"{role} of network {network.name}")
@@ -381,15 +381,8 @@ class _Adoption:
 
 
 def _order(text: str) -> tuple[int, int]:
-    address = _address(text)
+    address = address_or_none(text)
     return (0, 0) if address is None else (address.version, int(address))
-
-
-def _address(text: str) -> Address | None:
-    try:
-        return parse_address(text)
-    except ValueError:
-        return None
 
 
 def _lan(carrier: InterfaceAddress) -> Network:

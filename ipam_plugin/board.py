@@ -20,12 +20,11 @@ from ipam_plugin.addresses import (
     Network,
     Range,
     address_of,
-    parse_address,
+    address_or_none,
     parse_network,
     range_of,
     usable_range,
 )
-from ipam_plugin.errors import Refused
 from ipam_plugin.model import (
     CONFLICT,
     HOST,
@@ -42,6 +41,8 @@ from ipam_plugin.model import (
     SegmentSettings,
     Tenancy,
     decode,
+    pool_of,
+    read_as,
     read_lease,
     segment_and_address,
     segment_and_taken,
@@ -295,7 +296,7 @@ class Board:
             self._apply_settings(key.removeprefix(keys.segments), value)
         elif key.startswith(keys.pools):
             pool_id, _, host = key.removeprefix(keys.pools).rpartition("/")
-            _, hosts = self._pools.setdefault(pool_id, (_pool(pool_id), set()))
+            _, hosts = self._pools.setdefault(pool_id, (pool_of(pool_id), set()))
             (hosts.discard if value is None else hosts.add)(host)
             if not hosts:
                 del self._pools[pool_id]
@@ -305,14 +306,14 @@ class Board:
             if value is None:
                 self._hosts.pop(name, None)
             else:
-                self._hosts[name] = _read(value, Host)
+                self._hosts[name] = read_as(value, Host)
             self._rules.clear()
         elif key.startswith(keys.alive):
             name = key.removeprefix(keys.alive)
             if value is None:
                 self._alive.pop(name, None)
             else:
-                self._alive[name] = _read(value, Alive)
+                self._alive[name] = read_as(value, Alive)
         elif key.startswith(keys.retiring):
             name = key.removeprefix(keys.retiring)
             if "/" not in name:  # how far it got stands below it
@@ -451,7 +452,7 @@ class Board:
         if self._look(segment).error:
             reasons = (f"the settings of segment {segment} cannot be read, so nothing is given out in it", *reasons)
         past = self._history.get((segment, address))
-        history = _read(past, History) if past is not None else None
+        history = read_as(past, History) if past is not None else None
         kind, told = self._said(segment, address)
         lease = lease or Lease(kind="")
         return clean(
@@ -498,7 +499,7 @@ class Board:
                         found.setdefault((name, address_of(version, number)), 2)
         for where, value in self._history.items():
             if where not in found and wanted.may_be_in(value):
-                history = _read(value, History)
+                history = read_as(value, History)
                 if history and any(map(wanted.lease, history.past)):
                     found[where] = 3
 
@@ -588,7 +589,7 @@ class Board:
         for host, record in sorted(self._hosts.items()):
             if record and (not record.segments or name in record.segments):
                 for each in record.addresses:
-                    address = _address(each.address)
+                    address = address_or_none(each.address)
                     if address is not None:
                         why = f"it is an address of Docker host {host} itself ({each.interface})"
                         yield Rule(Range(address.version, int(address), int(address)), HOST, why)
@@ -684,7 +685,7 @@ class _Wanted:
     def __init__(self, words: str) -> None:
         self.words = words
         self._texts = [words.encode("utf-8", "surrogatepass")]
-        self.address = _address(words)
+        self.address = address_or_none(words)
         squeezed = words.translate(_SEPARATORS)
         self._mac = squeezed if len(squeezed) >= 4 and not set(squeezed) - set("0123456789abcdef") else ""
         self._of_address = not set(words) - set("0123456789abcdef.:")
@@ -768,27 +769,6 @@ def _put(kept: dict[K, T], key: K, value: T | None) -> None:
         kept.pop(key, None)
     else:
         kept[key] = value
-
-
-def _read(value: bytes, kind: type[S]) -> S | None:
-    try:
-        return decode(value, kind)
-    except ValueError:
-        return None
-
-
-def _pool(pool_id: str) -> Pool | None:
-    try:
-        return Pool.parse(pool_id)
-    except Refused:
-        return None
-
-
-def _address(text: str) -> Address | None:
-    try:
-        return parse_address(text)
-    except ValueError:
-        return None
 
 
 def _is_used(segment: _Segment) -> bool:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from ipam_plugin.addresses import Address, Network, parse_address, parse_network
+from ipam_plugin.addresses import Network, address_or_none, parse_network
 from ipam_plugin.evidence import AnyNetwork, Installation
 from ipam_plugin.model import Alive, Host, Pool
 
@@ -440,7 +440,7 @@ def masks(facts: Facts) -> Iterator[Line]:
         count, found = 0, False
         for peer in facts.peers:
             for each in peer.host.addresses if peer.host else ():
-                address = _address(each.address)
+                address = address_or_none(each.address)
                 if address is None or address not in subnet or each.prefixlen == address.max_prefixlen:
                     continue
                 if peer.host and peer.host.segments and segment not in peer.host.segments:
@@ -918,13 +918,6 @@ def _inside(subnet: Network, text: str) -> bool | None:
 
 
 # ---------------------------------------------------------------------------------------------- words
-
-
-def _address(text: str) -> Address | None:
-    try:
-        return parse_address(text)
-    except ValueError:
-        return None
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from ipam_plugin.model import (
     HELD,
     HOST,
     RESERVED,
+    RESTORED_WAIT,
     ROUTER,
     STANDBY,
     UNREADABLE,
@@ -33,8 +34,6 @@ from ipam_plugin.model import (
     parse_time,
     rfc3339,
 )
-
-RESTORING = 60.0  # seconds for which daemons keep everything back after etcd went back (restoration.WAIT)
 
 
 class Verdict(enum.Enum):
@@ -176,10 +175,10 @@ def _refusing(facts: Facts) -> Iterator[str]:
     if facts.restored is not None:
         since = parse_time(facts.restored.since)
         late = [name for name in sorted(facts.alive) if name in facts.hosts and not _answered(facts, name)]
-        if late and since is not None and facts.now - since < RESTORING:
+        if late and since is not None and facts.now - since < RESTORED_WAIT:
             yield (
                 f"etcd was restored at {facts.restored.since}, and nothing is given until host {', '.join(late)} has"
-                f" written what its containers have, {RESTORING:g} s at most"
+                f" written what its containers have, {RESTORED_WAIT:g} s at most"
             )
     yield from forbidding(facts.segment, facts.settings, facts.address)
     for key in facts.by_hand:

@@ -29,7 +29,7 @@ from ipam_plugin.addresses import (
     shown,
     usable_range,
 )
-from ipam_plugin.errors import BadRequest, PoolUnknown
+from ipam_plugin.errors import BadRequest, PoolUnknown, Refused
 
 # No `..`: names become parts of keys, and nothing that looks like a path shall be one.
 NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
@@ -402,6 +402,9 @@ class Alive(msgspec.Struct, frozen=True, omit_defaults=True):
     version: str = ""
 
 
+RESTORED_WAIT = 60.0  # seconds for which nothing is given at most after etcd went back
+
+
 class Restored(msgspec.Struct, frozen=True, omit_defaults=True):
     """That etcd went back to an earlier state. Until the living hosts have answered, it does not know all that is in
     use (restoration.py)."""
@@ -612,6 +615,22 @@ def decode(value: bytes, kind: type[T]) -> T:
         return decoded
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(printable(str(error))[:200]) from None  # it quotes names that stand in the value
+
+
+def read_as(value: bytes | None, kind: type[T]) -> T | None:
+    """None where nothing stands, or something that is not what it should be."""
+    try:
+        return decode(value, kind) if value is not None else None
+    except ValueError:
+        return None
+
+
+def pool_of(pool_id: str) -> Pool | None:
+    """None for a PoolID that this program never made."""
+    try:
+        return Pool.parse(pool_id)
+    except Refused:
+        return None
 
 
 _decoders: dict[type, Any] = {}

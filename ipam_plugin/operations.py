@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import msgspec
 
 from ipam_plugin import decisions
-from ipam_plugin.addresses import Address, Network, Range, address_of, parse_address, parse_range
+from ipam_plugin.addresses import Address, Network, Range, address_of, address_or_none, parse_range
 from ipam_plugin.adopt import Write
 from ipam_plugin.check import Found as FoundLease
 from ipam_plugin.check import PoolKey, Register, Repair
@@ -45,6 +45,8 @@ from ipam_plugin.model import (
     SegmentSettings,
     decode,
     encode,
+    pool_of,
+    read_as,
     read_lease,
     remembered,
     rewritten,
@@ -152,7 +154,7 @@ class Known:
             if not host.segments or segment in host.segments
             for each in host.addresses
         }
-        own = [(address, name) for text, name in self._host_addresses.items() if (address := _address(text))]
+        own = [(address, name) for text, name in self._host_addresses.items() if (address := address_or_none(text))]
         self.addresses = sorted(self._leases.keys() | {address for address, _ in own}, key=lambda each: each.packed)
         #: Machines that should be heard on the LAN: the routers and the living hosts.
         self.peers = [*(settings.routers() if settings else []), *(each for each, name in own if name in living)]
@@ -200,9 +202,9 @@ class Operations:
         settings = self.segments()
         pools = {each.id: each for each in self._pools_in_use()}.values()
         records = {each.key.removeprefix(self._keys.hosts): each.value for each in self._list(self._keys.hosts)}
-        hosts = {name: host for name, value in records.items() if (host := _read(value, Host))}
+        hosts = {name: host for name, value in records.items() if (host := read_as(value, Host))}
         beats = {each.key.removeprefix(self._keys.alive): each.value for each in self._list(self._keys.alive)}
-        alive = {name: _read(value, Alive) or Alive(name, "", "", "") for name, value in beats.items()}
+        alive = {name: read_as(value, Alive) or Alive(name, "", "", "") for name, value in beats.items()}
         restored, _ = self._etcd.get_many([self._keys.restored], deadline=_deadline())
         back = restored[self._keys.restored]
         theirs = {each for host in hosts.values() for each in host.segments if carries(host, address)}
@@ -225,7 +227,7 @@ class Operations:
                     past=past.past if past else (),
                     local=local(name),
                     now=time.time(),
-                    restored=_read(back.value if back else None, Restored),
+                    restored=read_as(back.value if back else None, Restored),
                 )
             )
         return found
@@ -251,11 +253,11 @@ class Operations:
         found, _ = self._etcd.get_many([past_key, *keys], deadline=_deadline())
         past = found[past_key]
         lease = next((each for key in keys if (each := found[key])), None)
-        return read_lease(lease.value) if lease else None, _read(past.value if past else None, History)
+        return read_lease(lease.value) if lease else None, read_as(past.value if past else None, History)
 
     def _pools_in_use(self) -> Iterator[Pool]:
         for each in self._etcd.list(self._keys.pools, deadline=_deadline(), keys_only=True)[0]:
-            pool = _pool(each.key.removeprefix(self._keys.pools).rpartition("/")[0])
+            pool = pool_of(each.key.removeprefix(self._keys.pools).rpartition("/")[0])
             if pool is not None:
                 yield pool
 
@@ -267,7 +269,7 @@ class Operations:
             held[each.lease.host] = held.get(each.lease.host, 0) + 1
         names = sorted({*known, *alive, *filter(None, held)})
         return [
-            HostLine(name, _read(alive.get(name), Alive), _read(known.get(name), Host), held.get(name, 0))
+            HostLine(name, read_as(alive.get(name), Alive), read_as(known.get(name), Host), held.get(name, 0))
             for name in names
         ]
 
@@ -275,13 +277,13 @@ class Operations:
         uses: dict[str, list[PoolUse]] = {}
         for each in self._list(self._keys.pools):
             pool_id, _, host = each.key.removeprefix(self._keys.pools).rpartition("/")
-            use = _read(each.value, PoolUse) or PoolUse(host=host, segment="", subnet="")
+            use = read_as(each.value, PoolUse) or PoolUse(host=host, segment="", subnet="")
             uses.setdefault(pool_id, []).append(use)
         held: dict[str, int] = {}
         for found in self.leases():
             if found.lease.kind == ENDPOINT:
                 held[found.lease.pool] = held.get(found.lease.pool, 0) + 1
-        return [PoolLine(pool_id, _pool(pool_id), uses[pool_id], held.get(pool_id, 0)) for pool_id in sorted(uses)]
+        return [PoolLine(pool_id, pool_of(pool_id), uses[pool_id], held.get(pool_id, 0)) for pool_id in sorted(uses)]
 
     def segments(self) -> dict[str, SegmentSettings | str]:
         """Settings by segment; a text where they cannot be read."""
@@ -309,7 +311,7 @@ class Operations:
             segment,
             self.leases(segment),
             settings if isinstance(settings, SegmentSettings) else None,
-            {name: host for name, value in hosts.items() if (host := _read(value, Host))},
+            {name: host for name, value in hosts.items() if (host := read_as(value, Host))},
             alive,
         )
 
@@ -320,12 +322,14 @@ class Operations:
         pools = []
         for each in self._list(self._keys.pools):
             pool_id, _, host = each.key.removeprefix(self._keys.pools).rpartition("/")
-            pools.append(PoolKey(each.key, each.revision, pool_id, _pool(pool_id), host, _read(each.value, PoolUse)))
+            pools.append(
+                PoolKey(each.key, each.revision, pool_id, pool_of(pool_id), host, read_as(each.value, PoolUse))
+            )
         return Register(
             leases=[each for each in found.values() if each is not None],
             strays=[key for key, each in found.items() if each is None],
             pools=pools,
-            hosts={name: _read(value, Host) or Host(name) for name, value in hosts.items()},
+            hosts={name: read_as(value, Host) or Host(name) for name, value in hosts.items()},
             alive=frozenset(each.key.removeprefix(self._keys.alive) for each in self._list(self._keys.alive)),
             settings=self.segments(),
         )
@@ -513,7 +517,7 @@ class Operations:
             found, _ = self._etcd.get_many(watched, deadline=_deadline())
             standing, beat = found[watched[0]], found[watched[1]]
             if beat is not None:
-                alive = _read(beat.value, Alive)
+                alive = read_as(beat.value, Alive)
                 raise Refused(
                     f"host {name} is alive{f', its daemon runs since {alive.since}' if alive else ''}: only a host that"
                     " is gone is retired. Stop its daemon; of one that crashed or was cut off, that is known 30 s later"
@@ -521,7 +525,7 @@ class Operations:
             if not any(line.alive for line in lines.values()):
                 raise Refused(f"no daemon is alive that could ask the wire for what host {name} had: nothing was freed")
             if standing is not None:
-                other = _read(standing.value, Order)
+                other = read_as(standing.value, Order)
                 if other is None or not other.policy:
                     by = f", by {other.by} since {other.since}" if other else ""
                     raise Refused(f"host {name} is being retired already{by}; wait for the end of that")
@@ -541,7 +545,7 @@ class Operations:
             parts = {
                 key.removeprefix(own): part
                 for key, each in found.items()
-                if key.startswith(own) and (part := _read(each.value, Part))
+                if key.startswith(own) and (part := read_as(each.value, Part))
             }
             for where, part in parts.items():
                 settled = [Settled(where.partition("/")[0], address, "") for address in part.freed]
@@ -631,33 +635,12 @@ class Operations:
         return self._etcd.commit(expect, writes, deadline=_deadline(), proof=proof).applied
 
 
-def _address(text: str) -> Address | None:
-    try:
-        return parse_address(text)
-    except ValueError:
-        return None
-
-
 def _without_range(settings: SegmentSettings, what: Range, segment: str) -> SegmentSettings:
     rest = tuple(each for each in settings.reserved if parse_range(each.range) != what)
     if len(rest) == len(settings.reserved):
         known = ", ".join(each.range for each in settings.reserved) or "none"
         raise Refused(f"{what} is not a reserved range of segment {segment}; these are: {known}")
     return msgspec.structs.replace(settings, reserved=rest)
-
-
-def _read(value: bytes | None, kind: type[T]) -> T | None:
-    try:
-        return decode(value, kind) if value is not None else None
-    except ValueError:
-        return None
-
-
-def _pool(pool_id: str) -> Pool | None:
-    try:
-        return Pool.parse(pool_id)
-    except Refused:
-        return None
 
 
 def _now() -> str:

@@ -24,12 +24,12 @@ from urllib.parse import quote, unquote
 from ipam_plugin.errors import EtcdRestored, IpamError
 from ipam_plugin.etcd import KeyValue, Position, Put
 from ipam_plugin.ledger import Ledger, timestamp
-from ipam_plugin.model import Keys, Restored, decode, encode, parse_time
+from ipam_plugin.model import RESTORED_WAIT, Keys, Restored, decode, encode, parse_time
 from ipam_plugin.view import View
 
 log = logging.getLogger(__name__)
 
-WAIT = 60.0  # seconds after which nobody is waited for any more (design section 8)
+WAIT = RESTORED_WAIT  # after it nobody is waited for any more (design section 8)
 # Seconds in which a host that the backup does not know connects again and writes its heartbeat: it tries every 8 s.
 SETTLING = 12.0
 LEFT = 0.5  # seconds of its deadline that a request keeps for what follows

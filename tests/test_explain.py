@@ -17,7 +17,7 @@ from harness import KEYS, NAME, FakeLan, Host, Lan, bridge
 from ipam_plugin import restoration
 from ipam_plugin.addresses import address_of, parse_address, parse_range
 from ipam_plugin.errors import AddressTaken
-from ipam_plugin.explain import RESTORING, Explanation, Facts, Journalled, Local, Verdict, explain, rests_until
+from ipam_plugin.explain import Explanation, Facts, Journalled, Local, Verdict, explain, rests_until
 from ipam_plugin.ledger import Ledger
 from ipam_plugin.model import (
     CONFLICT,
@@ -26,6 +26,7 @@ from ipam_plugin.model import (
     HISTORY_LENGTH,
     HOST,
     RESERVED,
+    RESTORED_WAIT,
     ROUTER,
     STANDBY,
     UNREADABLE,
@@ -219,7 +220,7 @@ def test_every_kind_of_lease_is_a_case() -> None:
     kinds = {facts["lease"].kind for facts, _, _ in CASES.values() if "lease" in facts}
     assert kinds == {ENDPOINT, HOST, ROUTER, RESERVED, CONFLICT, STANDBY, HELD, UNREADABLE}
     assert {verdict for _, verdict, _ in CASES.values()} == set(Verdict)
-    assert restoration.WAIT == RESTORING
+    assert restoration.WAIT == RESTORED_WAIT
 
 
 tenancies = st.builds(
